@@ -1,0 +1,54 @@
+"""Ranks, process set-up and the named collectives that the rest of the library calls.
+
+Everything works without a process group: there is one rank then, and each collective returns its input.
+"""
+
+from dinov2.distributed.collectives import (
+    all_gather_cat,
+    all_gather_cat_autograd,
+    all_gather_objects,
+    all_gather_varlen,
+    all_reduce_max,
+    all_reduce_mean,
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    on_main_first,
+)
+from dinov2.distributed.environment import (
+    Environment,
+    get_global_rank,
+    get_global_size,
+    get_local_rank,
+    get_local_world_size,
+    get_rank,
+    get_world_size,
+    init,
+    is_main_process,
+    shutdown,
+)
+
+__all__ = [
+    "Environment",
+    "all_gather_cat",
+    "all_gather_cat_autograd",
+    "all_gather_objects",
+    "all_gather_varlen",
+    "all_reduce_max",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_object",
+    "gather_objects",
+    "get_global_rank",
+    "get_global_size",
+    "get_local_rank",
+    "get_local_world_size",
+    "get_rank",
+    "get_world_size",
+    "init",
+    "is_main_process",
+    "on_main_first",
+    "shutdown",
+]

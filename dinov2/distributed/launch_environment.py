@@ -1,0 +1,118 @@
+"""What the launcher (torchrun, srun, or nobody) says about this process in its environment variables.
+
+torchrun wins over Slurm, because torchrun is also started inside Slurm jobs. Slurm's variables count only within a job
+step (`srun`): a batch script also sees SLURM_NTASKS, but runs as one process.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dinov2.errors import ConfigError
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SLURM_STEP_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+_FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20000, 20000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchEnvironment:
+    """Place of this process among all, and where they meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    init_method: str = "env://"
+    one_gpu_per_process: bool = False  # the launcher shows each process its own GPU only
+
+
+def read_launch_environment(variables: Mapping[str, str]) -> LaunchEnvironment:
+    """Read ranks from the variables of torchrun or of a Slurm job step; one process if there are none.
+
+    Raises:
+        ConfigError: some but not all variables are set, or their values contradict each other.
+    """
+    if "RANK" in variables or "WORLD_SIZE" in variables:
+        found = _read_torchrun(variables)
+    elif "SLURM_PROCID" in variables and "SLURM_STEP_NUM_TASKS" in variables:
+        found = _read_slurm_step(variables)
+    else:
+        return LaunchEnvironment()
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"rank {found.rank} is outside 0..{found.world_size - 1}; start the program with torchrun")
+    if not 0 <= found.local_rank < found.local_world_size:
+        raise ConfigError(
+            f"local rank {found.local_rank} is outside 0..{found.local_world_size - 1}; start the program with torchrun"
+        )
+    return found
+
+
+def _read_torchrun(variables: Mapping[str, str]) -> LaunchEnvironment:
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in variables]
+    world_size = _as_int(variables, "WORLD_SIZE") if "WORLD_SIZE" in variables else 1
+    if world_size > 1:
+        missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in variables]
+    if missing:
+        present = "RANK" if "RANK" in variables else "WORLD_SIZE"
+        raise ConfigError(
+            f"{present}={variables[present]} is set but {', '.join(missing)} not; "
+            f"start the program with torchrun or unset {present}"
+        )
+    local_rank = _as_int(variables, "LOCAL_RANK")
+    has_local_size = "LOCAL_WORLD_SIZE" in variables
+    return LaunchEnvironment(
+        rank=_as_int(variables, "RANK"),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=_as_int(variables, "LOCAL_WORLD_SIZE") if has_local_size else max(world_size, local_rank + 1),
+    )
+
+
+def _read_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
+    world_size = _as_int(variables, "SLURM_STEP_NUM_TASKS")
+    if world_size == 1:
+        return LaunchEnvironment()
+    missing = [name for name in _SLURM_STEP_VARIABLES if name not in variables]
+    if missing:
+        raise ConfigError(f"SLURM_PROCID={variables['SLURM_PROCID']} is set but {', '.join(missing)} not; use srun")
+    node_list = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost"
+    job_id = int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
+    address = variables.get("MASTER_ADDR") or first_slurm_host(node_list)
+    port = variables.get("MASTER_PORT") or str(_FIRST_SLURM_PORT + job_id % _NUM_SLURM_PORTS)
+    tasks_per_node = expand_slurm_counts(variables.get("SLURM_STEP_TASKS_PER_NODE") or str(world_size))
+    node = int(variables.get("SLURM_NODEID", "0"))
+    if node >= len(tasks_per_node):
+        raise ConfigError(f"SLURM_NODEID={node} but SLURM_STEP_TASKS_PER_NODE lists {len(tasks_per_node)} nodes")
+    return LaunchEnvironment(
+        rank=_as_int(variables, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_as_int(variables, "SLURM_LOCALID"),
+        local_world_size=tasks_per_node[node],
+        init_method=f"tcp://{address}:{port}",
+        one_gpu_per_process="SLURM_GPUS_PER_TASK" in variables,
+    )
+
+
+def first_slurm_host(node_list: str) -> str:
+    """Name the first host of a Slurm node list, e.g. `gpu03` of `gpu[03-05,9],cpu1`."""
+    first = re.split(r",(?![^\[]*\])", node_list, maxsplit=1)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def expand_slurm_counts(counts: str) -> list[int]:
+    """Expand Slurm's run-length form, e.g. `4(x2),1` to [4, 4, 1]."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={counts} is not a list of counts such as 4(x2),1")
+        expanded += [int(match[1])] * int(match[2] or 1)
+    return expanded
+
+
+def _as_int(variables: Mapping[str, str], name: str) -> int:
+    try:
+        return int(variables[name])
+    except ValueError:
+        raise ConfigError(f"{name}={variables[name]} is not a whole number; start the program with torchrun") from None
