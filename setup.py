@@ -1,0 +1,55 @@
+"""Package metadata; settings of the build and of the tools stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.11",
+    "torchvision>=0.26",
+    "omegaconf>=2.3",
+    "pyyaml>=6.0",
+    "fvcore>=0.1.5.post20221221",
+    "iopath>=0.1.10",
+    "submitit>=1.5",
+    "numpy>=2.0",
+    "scikit-learn>=1.5",
+    "pillow>=10.3",
+    "pandas>=2.2",
+    "safetensors>=0.4.5",
+    "tifffile>=2024.8",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+]
+EXTRAS = {
+    "test": ["pytest>=8.2", "ruff>=0.8", "timm>=1.0.9", "lightly>=1.5.13"],
+    "xformers": ["xformers>=0.0.32; sys_platform == 'linux'"],
+    "tensorboard": ["tensorboard>=2.17"],
+    "wandb": ["wandb>=0.18"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.19"],
+}
+PROGRAMS = [
+    "dinov2-train = dinov2.train.train:main",
+    "dinov2-eval-knn = dinov2.eval.knn:main",
+]
+DATASETS = [
+    "Digits = data_adapters.digits:Digits",
+    "ImageFolder = data_adapters.image_folder:ImageFolder",
+]
+
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name="dinov2-adapt",
+    version="0.1.0",
+    description="Continue the self-supervised training of DINOv2 on your own images, and measure what it brought",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["dinov2", "dinov2.*", "data_adapters", "data_adapters.*"]),
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": PROGRAMS, "dinov2.datasets": DATASETS},
+)
