@@ -1,0 +1,25 @@
+"""Errors that a user can cause; each carries one clear sentence and the exit code of the program that meets it."""
+
+
+class Dinov2Error(Exception):
+    """Base of all errors a user can cause; programs print the sentence and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(Dinov2Error):
+    """A setting, key or command-line argument is wrong."""
+
+    exit_code = 2
+
+
+class DatasetError(Dinov2Error):
+    """Images, labels or folders are missing or cannot be read."""
+
+
+class CheckpointError(Dinov2Error):
+    """Weights or a checkpoint are missing, damaged or do not fit the model."""
+
+
+class TrainingError(Dinov2Error):
+    """A run cannot go on, for example after repeated non-finite losses."""

@@ -1,0 +1,88 @@
+"""Turn the teacher's prototype scores into assignments: softmax-centring or Sinkhorn-Knopp.
+
+Shapes: N rows on this rank (crops or masked patches), K prototypes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinov2.distributed import all_reduce_max, all_reduce_sum
+
+_TINY = 1e-37  # keeps a reciprocal finite in float32
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Probabilities of N rows over K prototypes, kept as one matrix and, for Sinkhorn-Knopp, two scaling vectors.
+
+    The probabilities of row n are matrix[n] * row_scale[n] * column_scale; each row sums to 1.
+    """
+
+    matrix: Tensor  # [N, K] float32, >= 0
+    row_scale: Tensor | None = None  # [N, 1]
+    column_scale: Tensor | None = None  # [K]
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the probabilities of rows start..stop, [stop - start, K] float32; never to be written to."""
+        block = self.matrix[start:stop]
+        if self.row_scale is None:
+            return block
+        return (block * self.column_scale).mul_(self.row_scale[start:stop])
+
+    def dense(self) -> Tensor:
+        """Return all probabilities, [N, K] float32."""
+        return self.rows(0, len(self))
+
+
+def sinkhorn(scores: Tensor, *, temperature: float | Tensor, num_steps: int = 3) -> Assignments:
+    """Make assignments that use the prototypes about equally over the batches of all ranks.
+
+    Works on one exponentiated matrix and two scaling vectors instead of rewriting the matrix: half the memory traffic.
+    Rows are exponentiated relative to their own maximum, so no row vanishes and nothing overflows.
+
+    Args:
+        scores: teacher head output, [N, K], any float dtype; float32 scores are overwritten.
+        temperature: > 0, no unit; the parents warm it up from 0.04 to 0.07.
+        num_steps: rounds of column and row scaling, >= 1.
+
+    Returns:
+        Assignments whose rows sum to 1. A rank may hold no rows.
+
+    Raises:
+        ValueError: scores is not 2-D.
+
+    Source: SwAV, arXiv:2006.09882; same values as the parents' `sinkhorn_knopp_teacher`.
+    Cost: 1 all-reduce of a scalar and num_steps of K floats.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}: must be [N, K]")
+    num_rows, num_prototypes = scores.shape
+    matrix = scores.float().div_(temperature)  # [N, K]
+    row_max = matrix.amax(dim=1, keepdim=True)  # [N, 1]
+    top = all_reduce_max(row_max.max() if num_rows else matrix.new_full((), -torch.inf))
+    matrix.sub_(row_max).exp_()
+    row_scale = (row_max - top).exp_()
+    column_scale = matrix.new_ones(num_prototypes)
+    for _ in range(num_steps):
+        usage = all_reduce_sum(row_scale.squeeze(1) @ matrix)  # [K] total weight of each prototype
+        column_scale = usage.mul_(num_prototypes).clamp_min_(_TINY).reciprocal_()
+        row_scale = (matrix @ column_scale).clamp_min_(_TINY).reciprocal_().unsqueeze(1)
+    return Assignments(matrix, row_scale=row_scale, column_scale=column_scale)
+
+
+def softmax_center(scores: Tensor, *, center: Tensor, temperature: float | Tensor) -> Assignments:
+    """Sharpen scores around a running centre.
+
+    Args:
+        scores: teacher head output, [N, K], any float dtype; float32 scores are overwritten.
+        center: running mean of earlier scores, [1, K] float32; left unchanged.
+        temperature: > 0, no unit.
+
+    Source: Caron et al. 2021, arXiv:2104.14294, section 3.1.
+    """
+    return Assignments(torch.softmax(scores.float().sub_(center).div_(temperature), dim=-1))

@@ -1,0 +1,81 @@
+"""Parameter groups: learning-rate and weight-decay multipliers by depth and kind of parameter."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dinov2.layers.dino_head import DINOHead
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.schedules import StepValues
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """How one parameter departs from the scheduled values."""
+
+    lr_multiplier: float
+    wd_multiplier: float  # 0 or 1
+    is_last_layer: bool = False  # prototypes, whose learning rate is 0 at first
+
+
+def backbone_multipliers(
+    backbone: DinoVisionTransformer, *, layerwise_decay: float, patch_embed_lr_mult: float
+) -> dict[str, Multipliers]:
+    """Give each parameter of a backbone its multipliers, by name.
+
+    The learning rate decays from the output to the input: layerwise_decay ** (depth + 1 - layer). Vectors (biases,
+    norms, LayerScale), tokens and positions are exempt from weight decay; tokens and positions are not in the parents.
+
+    Source: the parents' `get_params_groups_with_decay`.
+    """
+    exempt = backbone.no_weight_decay()
+    found = {}
+    for name, param in backbone.named_parameters():
+        lr = layerwise_decay ** (backbone.depth + 1 - backbone.layer_id(name))
+        if name.startswith("patch_embed."):
+            lr *= patch_embed_lr_mult
+        found[name] = Multipliers(lr, 0.0 if param.ndim <= 1 or name in exempt else 1.0)
+    return found
+
+
+def head_multipliers(head: DINOHead) -> dict[str, Multipliers]:
+    """Give each parameter of a head its multipliers, by name."""
+    last_layer = {f"last_layer.{name}" for name, _ in head.last_layer.named_parameters()}
+    return {
+        name: Multipliers(1.0, 0.0 if param.ndim <= 1 else 1.0, name in last_layer)
+        for name, param in head.named_parameters()
+    }
+
+
+def param_groups(student: nn.ModuleDict, *, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
+    """Fuse the parameters of a student with equal multipliers into groups for an optimiser.
+
+    Args:
+        student: modules `backbone`, `dino_head` and, if separate, `ibot_head`.
+
+    Returns:
+        Groups with keys params, names, lr_multiplier, wd_multiplier, is_last_layer.
+    """
+    groups: dict[Multipliers, dict] = {}
+    for module_name, module in student.items():
+        if isinstance(module, DINOHead):
+            multipliers = head_multipliers(module)
+        else:
+            multipliers = backbone_multipliers(
+                module, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
+            )
+        for name, param in module.named_parameters():
+            key = multipliers[name]
+            group = groups.setdefault(key, {"params": [], "names": [], **vars(key)})
+            group["params"].append(param)
+            group["names"].append(f"{module_name}.{name}")
+    return list(groups.values())
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+    """Set the learning rate and weight decay of every group for this step."""
+    for group in optimizer.param_groups:
+        lr = values.last_layer_lr if group["is_last_layer"] else values.lr
+        group["lr"] = lr * group["lr_multiplier"]
+        group["weight_decay"] = values.wd * group["wd_multiplier"]
