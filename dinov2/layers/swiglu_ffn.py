@@ -1,0 +1,56 @@
+"""Gated feed-forward network: silu(x W1) * (x W2), then W3; W1 and W2 lie in one matrix, as in the released weights.
+
+Source: Shazeer 2020, arXiv:2002.05202; DINOv2's giant model uses it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.layers.initialisation import init_linear
+
+
+class SwiGLUFFN(nn.Module):
+    """Gate and widen in one product, then narrow.
+
+    Args:
+        in_features: features D of a token.
+        hidden_features: width of the gate; D if left out.
+        out_features: features of the result; D if left out.
+        bias: whether both layers have a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set all parameters."""
+        init_linear(self.w12, generator)
+        init_linear(self.w3, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class SwiGLUFFNFused(SwiGLUFFN):
+    """SwiGLU with about the parameters of an MLP of `hidden_features`: two thirds of it, rounded up to a multiple of 8."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        hidden_features = (int((hidden_features or in_features) * 2 / 3) + 7) // 8 * 8
+        super().__init__(in_features, hidden_features, out_features, bias)
