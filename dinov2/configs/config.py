@@ -1,0 +1,117 @@
+"""The root of all settings, and the checks that need more than one section."""
+
+from dataclasses import dataclass, field
+
+from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
+from dinov2.configs.model_sections import (
+    ComputePrecisionConfig,
+    DinoConfig,
+    IbotConfig,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from dinov2.configs.run_sections import (
+    CheckpointingConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from dinov2.configs.section import nearest_multiples, show_value
+from dinov2.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run, checked; read as `cfg.train.seed`. Never changed after it is built."""
+
+    MODEL: ModelConfig = field(default_factory=ModelConfig)
+    compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    # What loading has to say about the parents' keys, one sentence each; a program logs them once logging is set up.
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._require_whole_patches()
+        self._require_something_to_learn()
+        self._require_a_statistic_per_channel()
+        self._require_whole_accumulation_steps()
+
+    def _require_whole_patches(self) -> None:
+        sizes = {"crops.global_crops_size": self.crops.global_crops_size}
+        if self.crops.local_crops_number > 0:
+            sizes["crops.local_crops_size"] = self.crops.local_crops_size
+        if self.evaluation.knn.image_size_px is not None:
+            sizes["evaluation.knn.image_size_px"] = self.evaluation.knn.image_size_px
+        patch = self.student.patch_size
+        for key, size in sizes.items():
+            if size % patch:
+                raise ConfigError(
+                    f"{key}={size} is not a multiple of student.patch_size={patch}; "
+                    f"use {nearest_multiples(size, patch)}"
+                )
+
+    def _require_something_to_learn(self) -> None:
+        weights = (self.dino.loss_weight, self.dino.koleo_loss_weight, self.ibot.loss_weight)
+        if not any(weights):
+            raise ConfigError(
+                "dino.loss_weight, dino.koleo_loss_weight and ibot.loss_weight are all 0: nothing is learned; "
+                "set one above 0"
+            )
+
+    def _require_a_statistic_per_channel(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self.augmentation, name)
+            if values is not None and len(values) != self.student.in_chans:
+                raise ConfigError(
+                    f"augmentation.{name}={show_value(values)} has {len(values)} values, "
+                    f"but student.in_chans={self.student.in_chans}; give one per channel, or null"
+                )
+
+    def _require_whole_accumulation_steps(self) -> None:
+        if self.train.global_batch_size is not None:
+            batch_size_per_rank(self, world_size=1)
+
+
+def batch_size_per_rank(cfg: Config, *, world_size: int) -> int:
+    """Return how many images one rank takes in one accumulation step.
+
+    Args:
+        cfg: `train.global_batch_size` decides if it is set, else `train.batch_size_per_gpu`.
+        world_size: ranks, >= 1.
+
+    Raises:
+        ConfigError: the global batch does not divide by ranks x accumulation steps.
+    """
+    if cfg.train.global_batch_size is None:
+        return cfg.train.batch_size_per_gpu
+    parts = world_size * cfg.optim.gradient_accumulation_steps
+    per_rank, rest = divmod(cfg.train.global_batch_size, parts)
+    if rest or not per_rank:
+        raise ConfigError(
+            f"train.global_batch_size={cfg.train.global_batch_size} is not a multiple of {parts} (ranks={world_size} x "
+            f"optim.gradient_accumulation_steps={cfg.optim.gradient_accumulation_steps}); "
+            f"use {nearest_multiples(cfg.train.global_batch_size, parts)}"
+        )
+    return per_rank
+
+
+def require_train_dataset(cfg: Config) -> str:
+    """Return `train.dataset_path`; raise ConfigError if it is empty (evaluation needs none, training does)."""
+    if not cfg.train.dataset_path:
+        raise ConfigError(
+            "train.dataset_path is empty; name the training images, e.g. train.dataset_path=ImageFolder:root=photos"
+        )
+    return cfg.train.dataset_path

@@ -1,0 +1,156 @@
+"""Read a YAML file and `key=value` arguments, lay them over the defaults, and build the checked tree."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinov2.configs.config import Config
+from dinov2.configs.parent_keys import PARENT_KEYS, Given, refuse_parent_key, translate_parent_keys
+from dinov2.configs.section import show_value
+from dinov2.configs.tree import build, leaves, nest, section_names
+from dinov2.configs.values import convert, is_text
+from dinov2.errors import ConfigError
+
+_COMMAND_LINE = "on the command line"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number and 2024-01-31 is text; of a key given twice, the last wins."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.nan"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^({_FLOAT})$"), list("-+.0123456789"))
+
+
+def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Build the settings: defaults, then the file, then the overrides; later ones win.
+
+    Args:
+        config_file: path of a YAML file, ours or a parent's; None: defaults and overrides only. A value may refer to
+            another key or to the environment as OmegaConf does: `${crops.global_crops_size}`, `${oc.env:HOME}`.
+        overrides: `section.key=value` each, the value written as in YAML (text needs no quotes).
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; the sentence names it.
+    """
+    given: dict[str, Given] = {}
+    if config_file is not None:
+        for key, value in _flatten(_read_yaml(config_file), source=f"in {config_file}"):
+            given[key] = Given(value, 0)
+    for override in overrides:
+        key, value = _parse_override(override)
+        given[key] = Given(value, 1)
+    given = _resolve(given)
+    epoch_key = "train.OFFICIAL_EPOCH_LENGTH"
+    epoch_length = given[epoch_key].value if epoch_key in given else leaves()[epoch_key].default
+    flat, notes = translate_parent_keys(
+        given, epoch_length=convert(epoch_key, epoch_length, leaves()[epoch_key].annotation)
+    )
+    return build(flat, notes=notes)
+
+
+def _read_yaml(path: str) -> Mapping[str, Any]:
+    """Return the mapping a YAML file holds; an empty file is an empty mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a config file ({error.strerror})") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: is not valid YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold sections with keys such as 'train: {{seed: 0}}', not {_kind(content)}")
+    return content
+
+
+def _kind(content: Any) -> str:
+    return "a list" if isinstance(content, list) else "a single value"
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Split `key=value`; the value of a text key is taken as it stands, others are read as YAML."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"argument {override!r}: must be written key=value, e.g. optim.epochs=10")
+    text = text.strip()
+    leaf = leaves().get(key)
+    if leaf is not None and is_text(leaf.annotation) and not _is_quoted(text) and text not in ("null", "~"):
+        return key, text
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"argument {override!r}: the value is not valid YAML") from None
+    _require_known(key, value, source=_COMMAND_LINE)
+    return key, value
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+
+
+def _flatten(content: Mapping[Any, Any], *, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk down to the keys, so that {'a': {'b': 1}} gives ('a.b', 1); raise ConfigError at an unknown one."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        is_leaf = key in leaves() or key in PARENT_KEYS
+        if isinstance(value, dict) and not is_leaf:
+            yield from _flatten(value, source=source, prefix=f"{key}.")
+        elif value is not None or key not in section_names():  # an empty section says nothing
+            _require_known(key, value, source=source)
+            yield key, value
+
+
+def _require_known(key: str, value: Any, *, source: str) -> None:
+    """Raise ConfigError if `key` is no key of ours and no parent's, or a refused one."""
+    refuse_parent_key(key, value)
+    if key in leaves() or key in PARENT_KEYS:
+        return
+    if key in section_names():
+        example = next(name for name in leaves() if name.startswith(f"{key}."))
+        raise ConfigError(f"{key}={show_value(value)} {source}: is a section; set its keys, e.g. {example}")
+    raise ConfigError(f"unknown key {key} {source}; the nearest known key is {_nearest(key)}")
+
+
+def _nearest(key: str) -> str:
+    names = [*leaves(), *(name for name, entry in PARENT_KEYS.items() if entry.kind == "honoured")]
+    return difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+
+
+def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Replace `${...}` in the given values, looking at the defaults as well."""
+    defaults = {key: leaf.default for key, leaf in leaves().items()}
+    tree = nest(defaults | {key: value.value for key, value in given.items()})
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{where}{str(error).splitlines()[0]}") from None
+    return {key: Given(_at(resolved, key), value.layer) for key, value in given.items()}
+
+
+def _at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree

@@ -1,0 +1,173 @@
+"""Settings of a run: data and batch, optimiser and schedules, checkpoints, evaluation, logging.
+
+The comment of a field gives its unit and range, and where a number comes from. Defaults are DINOv2's (arXiv:2304.07193
+and its released configs). A step is an optimiser step; an epoch is train.OFFICIAL_EPOCH_LENGTH steps.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from dinov2.configs.section import Section, nearest_multiples
+from dinov2.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """What is trained on, how much at a time, and where the run lives."""
+
+    KEY: ClassVar[str] = "train"
+
+    batch_size_per_gpu: int = 64  # images of one rank in one accumulation step, >= 1
+    # images of one step over all ranks and accumulation steps, >= 1, a multiple of their product; null: from the key
+    # above, which this one overrules
+    global_batch_size: int | None = None
+    dataset_path: str = ""  # training images: Name:key=value:..., e.g. ImageFolder:root=photos
+    output_dir: str = "."  # folder of the run
+    seed: int = 0  # of weights, order, crops and masks, >= 0
+    num_workers: int = 10  # loader processes of one rank, >= 0; results do not depend on it
+    OFFICIAL_EPOCH_LENGTH: int | None = 1250  # steps, >= 1; null: images of the dataset // global batch size
+    centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # how the teacher's targets are kept from collapse
+    on_bad_image: Literal["error", "skip"] = "error"  # an image that cannot be read: stop, or take another and count it
+    # epoch: each image once an epoch, new order each; infinite: one shuffled stream; sharded_infinite: the same for
+    # datasets too large to shuffle in one piece
+    sampler: Literal["epoch", "infinite", "sharded_infinite"] = "sharded_infinite"
+    resume: bool = True  # go on from the newest complete checkpoint of output_dir
+    resume_path: str | None = None  # checkpoint of another run to go on from; {rank} stands for the rank; null: none
+    max_steps: int | None = None  # stop after this step, >= 1, schedules unchanged; null: at the end of optim.epochs
+
+    def __post_init__(self) -> None:
+        self.require("batch_size_per_gpu", self.batch_size_per_gpu >= 1, "at least 1 image")
+        for name, unit in (("global_batch_size", "image"), ("OFFICIAL_EPOCH_LENGTH", "step"), ("max_steps", "step")):
+            value = getattr(self, name)
+            self.require(name, value is None or value >= 1, f"at least 1 {unit}, or null")
+        self.require("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        self.require("num_workers", self.num_workers >= 0, "at least 0")
+        self.require("output_dir", self.output_dir != "", "a folder, e.g. outputs/run1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """Optimiser, learning rate, weight decay and their schedules."""
+
+    KEY: ClassVar[str] = "optim"
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # adam and sgd add weight decay to the gradient
+    epochs: int = 100  # length of the run and of its schedules, >= 1
+    weight_decay: float = 0.04  # at the start, >= 0; cosine to weight_decay_end
+    weight_decay_end: float = 0.4  # at the end, >= 0
+    base_lr: float = 0.004  # peak learning rate at the batch size that scaling_rule names, >= 0
+    warmup_epochs: int = 10  # epochs of linear rise from 0 to the peak, 0..epochs
+    min_lr: float = 1.0e-06  # learning rate at the end of the cosine, >= 0; not scaled
+    clip_grad: float | None = 3.0  # largest gradient norm of a sub-module, >= 0; 0 or null: no clipping
+    freeze_last_layer_epochs: int = 1  # epochs in which the heads' last layers stay as they are, >= 0
+    # learning rate = base_lr times: sqrt(global batch / 1024) | global batch / 256 | 1
+    scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
+    patch_embed_lr_mult: float = 0.2  # factor on the learning rate of the patch embedding, >= 0
+    layerwise_decay: float = (
+        0.9  # factor on the learning rate from one block to the block below it, above 0 and up to 1
+    )
+    adamw_beta1: float = 0.9  # averaging of gradients in adamw and adam, 0..1 (1 excluded)
+    adamw_beta2: float = 0.999  # averaging of squared gradients in adamw and adam, 0..1 (1 excluded)
+    sgd_momentum: float = 0.9  # 0..1 (1 excluded)
+    gradient_accumulation_steps: int = 1  # batches whose gradients are summed into one step, >= 1
+
+    def __post_init__(self) -> None:
+        self.require("epochs", self.epochs >= 1, "at least 1")
+        within = 0 <= self.warmup_epochs <= self.epochs
+        self.require("warmup_epochs", within, f"in 0..{self.epochs}, the value of optim.epochs")
+        for name in (
+            "weight_decay",
+            "weight_decay_end",
+            "base_lr",
+            "min_lr",
+            "freeze_last_layer_epochs",
+            "patch_embed_lr_mult",
+        ):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("clip_grad", (self.clip_grad or 0) >= 0, "at least 0, or null")
+        self.require("layerwise_decay", 0 < self.layerwise_decay <= 1, "above 0 and at most 1")
+        for name in ("adamw_beta1", "adamw_beta2", "sgd_momentum"):
+            self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self.require("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointingConfig(Section):
+    """When the whole state of a run is saved and what is kept."""
+
+    KEY: ClassVar[str] = "checkpointing"
+
+    period: int = 3750  # steps between saves, >= 1
+    max_to_keep: int | None = 3  # complete checkpoints kept, >= 2; null: all
+    keep_every: int | None = None  # steps, a multiple of period; such checkpoints are never removed; null: none
+
+    def __post_init__(self) -> None:
+        self.require("period", self.period >= 1, "at least 1 step")
+        self.require(
+            "max_to_keep", self.max_to_keep is None or self.max_to_keep >= 2, "at least 2, or null to keep all"
+        )
+        self.require("keep_every", self.keep_every is None or self.keep_every >= 1, "at least 1 step, or null")
+        if self.keep_every is not None and self.keep_every % self.period:
+            raise ConfigError(
+                f"checkpointing.keep_every={self.keep_every} is not a multiple of checkpointing.period={self.period}; "
+                f"use {nearest_multiples(self.keep_every, self.period)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(Section):
+    """k-NN classification with the teacher's features while training (arXiv:1805.01978)."""
+
+    KEY: ClassVar[str] = "evaluation.knn"
+
+    train_dataset_path: str | None = None  # images with known labels, as train.dataset_path; null: no k-NN
+    val_dataset_path: str | None = None  # images to classify
+    nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours to try, each >= 1
+    temperature: float = 0.07  # of the neighbours' votes, > 0
+    batch_size: int = 256  # images of one rank in one forward pass, >= 1
+    image_size_px: int | None = None  # px, a multiple of student.patch_size; null: crops.global_crops_size
+    resize_ratio: float = 1.142857  # shorter side before the centre crop over image_size_px, >= 1 (256 / 224)
+
+    def __post_init__(self) -> None:
+        holds = len(self.nb_knn) > 0 and all(k >= 1 for k in self.nb_knn)
+        self.require("nb_knn", holds, "a list of numbers of at least 1, such as [10, 20]")
+        self.require("temperature", self.temperature > 0, "above 0")
+        self.require("batch_size", self.batch_size >= 1, "at least 1 image")
+        self.require("image_size_px", self.image_size_px is None or self.image_size_px >= 1, "at least 1 px, or null")
+        self.require("resize_ratio", self.resize_ratio >= 1, "at least 1")
+        for given, missing in (
+            ("train_dataset_path", "val_dataset_path"),
+            ("val_dataset_path", "train_dataset_path"),
+        ):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise ConfigError(f"{self.KEY}.{given} is set but {self.KEY}.{missing} is not; set both or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """Checks while training."""
+
+    KEY: ClassVar[str] = "evaluation"
+
+    eval_period_iterations: int | None = 12500  # steps between evaluations, >= 0; 0 or null: never
+    at_start: bool = True  # evaluate before the first step, for comparison
+    knn: KnnConfig = field(default_factory=KnnConfig)
+
+    def __post_init__(self) -> None:
+        self.require("eval_period_iterations", (self.eval_period_iterations or 0) >= 0, "at least 0 steps, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Section):
+    """Who is told about the progress of a run, and how often."""
+
+    KEY: ClassVar[str] = "logging"
+
+    period_steps: int = 10  # steps between log lines, >= 1
+    tensorboard: bool = False  # also write TensorBoard files; needs the extra tensorboard
+    wandb: bool = False  # also send to Weights & Biases; needs the extra wandb
+    wandb_project: str = "dinov2-adapt"  # project there
+
+    def __post_init__(self) -> None:
+        self.require("period_steps", self.period_steps >= 1, "at least 1 step")
+        self.require("wandb_project", self.wandb_project != "", "a project name")

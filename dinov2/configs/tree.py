@@ -1,0 +1,73 @@
+"""The settings as a flat table of dotted keys, and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from dinov2.configs.config import Config
+from dinov2.configs.values import convert
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One key of the schema: its type and default."""
+
+    annotation: Any
+    default: Any
+
+
+def subsections(section: type) -> dict[str, type]:
+    """Return the fields of a dataclass that are sections themselves, by name, in order."""
+    hints = get_type_hints(section)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section) if dataclasses.is_dataclass(hints[f.name])}
+
+
+@cache
+def leaves(section: type = Config) -> Mapping[str, Leaf]:
+    """Return all keys below a section by dotted name, in the order of the schema."""
+    table: dict[str, Leaf] = {}
+    inner = subsections(section)
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if field.name in inner:
+            table |= {f"{field.name}.{key}": leaf for key, leaf in leaves(inner[field.name]).items()}
+        elif section is not Config:  # the root's own fields are not settings
+            table[field.name] = Leaf(annotation=hints[field.name], default=field.default)
+    return table
+
+
+def section_names(section: type = Config) -> list[str]:
+    """Return the dotted names of all sections."""
+    names = []
+    for name, inner in subsections(section).items():
+        names += [name, *(f"{name}.{deeper}" for deeper in section_names(inner))]
+    return names
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn {'a.b': 1} into {'a': {'b': 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, name = key.split(".")
+        folder = nested
+        for part in path:
+            folder = folder.setdefault(part, {})
+        folder[name] = value
+    return nested
+
+
+def build(flat: Mapping[str, Any], *, notes: tuple[str, ...] = ()) -> Config:
+    """Build the checked tree from raw values by dotted key; keys that are absent keep their defaults."""
+    values = {key: convert(key, value, leaves()[key].annotation) for key, value in flat.items()}
+    return Config(**_build_sections(Config, nest(values)), notes=notes)
+
+
+def _build_sections(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with each nested dict of a subsection replaced by that subsection."""
+    inner = subsections(section)
+    return {
+        name: inner[name](**_build_sections(inner[name], value)) if name in inner else value
+        for name, value in values.items()
+    }
