@@ -1,0 +1,130 @@
+"""Build the parts of a run from its config: the one place, with `SSLMetaArch`, that reads config keys."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+from dinov2.configs import Config, batch_size_per_rank
+from dinov2.data import DataAugmentationDINO
+from dinov2.errors import ConfigError
+from dinov2.hub.weights import load_backbone_weights
+from dinov2.train.param_groups import param_groups
+from dinov2.train.schedules import scaled_lr
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Numbers of a run that follow from the config, the dataset and the number of ranks."""
+
+    batch_size_per_rank: int  # images of one rank in one forward pass
+    accumulation_steps: int  # forward passes of one optimiser step
+    images_per_pass: int  # over all ranks
+    global_batch_size: int  # images of one optimiser step
+    epoch_length: int  # optimiser steps
+    total_steps: int  # optimiser steps of the schedules
+    last_step: int  # step after which this run ends, <= total_steps
+    lr: float  # peak learning rate after the scaling rule
+
+
+def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
+    """Work out batch sizes, steps and the learning rate.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or is larger than the dataset.
+    """
+    per_rank = batch_size_per_rank(cfg, world_size=world_size)
+    accumulation = cfg.optim.gradient_accumulation_steps
+    global_batch = per_rank * world_size * accumulation
+    if global_batch > dataset_size:
+        raise ConfigError(
+            f"the global batch of {global_batch} images (train.batch_size_per_gpu={per_rank} x {world_size} ranks x "
+            f"optim.gradient_accumulation_steps={accumulation}) is larger than the dataset of {dataset_size} images; "
+            f"use a batch of at most {dataset_size}"
+        )
+    epoch_length = cfg.train.OFFICIAL_EPOCH_LENGTH or dataset_size // global_batch
+    total = cfg.optim.epochs * epoch_length
+    return RunPlan(
+        batch_size_per_rank=per_rank,
+        accumulation_steps=accumulation,
+        images_per_pass=per_rank * world_size,
+        global_batch_size=global_batch,
+        epoch_length=epoch_length,
+        total_steps=total,
+        last_step=min(total, cfg.train.max_steps or total),
+        lr=scaled_lr(cfg.optim.base_lr, rule=cfg.optim.scaling_rule, global_batch_size=global_batch),
+    )
+
+
+def build_augmentation(cfg: Config) -> DataAugmentationDINO:
+    """Build crops and photometric augmentation."""
+    crops, augmentation = cfg.crops, cfg.augmentation
+    return DataAugmentationDINO(
+        crops.global_crops_scale,
+        crops.local_crops_scale,
+        crops.local_crops_number,
+        crops.global_crops_size,
+        crops.local_crops_size,
+        horizontal_flip_probability=augmentation.horizontal_flip_probability,
+        vertical_flip_probability=augmentation.vertical_flip_probability,
+        color_jitter_probability=augmentation.color_jitter_probability,
+        brightness=augmentation.brightness,
+        contrast=augmentation.contrast,
+        saturation=augmentation.saturation,
+        hue=augmentation.hue,
+        grayscale_probability=augmentation.grayscale_probability,
+        blur_probability=augmentation.blur_probability,
+        blur_sigma=augmentation.blur_sigma,
+        solarize_probability=augmentation.solarize_probability,
+        solarize_threshold=augmentation.solarize_threshold,
+        mean=augmentation.mean,
+        std=augmentation.std,
+        in_chans=cfg.student.in_chans,
+    )
+
+
+def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
+    """Build student and teacher, initialise them equally on all ranks, load pretrained weights, and shard."""
+    model = SSLMetaArch(cfg)
+    model.init_weights(cfg.train.seed)
+    if cfg.student.pretrained_weights:
+        load_backbone_weights(model.student["backbone"], cfg.student.pretrained_weights)
+        model.copy_student_to_teacher()
+    precision = cfg.compute_precision
+    model.prepare_for_distributed_training(
+        device,
+        strategy=precision.sharding_strategy,
+        param_dtype=compute_dtype(cfg, device=device),
+        reduce_dtype=_DTYPES[precision.reduce_dtype],
+        hybrid_shard_size=precision.hybrid_shard_size,
+    )
+    return model
+
+
+def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
+    """Resolve `compute_precision.param_dtype`; auto is bfloat16 on a GPU that has it, else float32."""
+    name = cfg.compute_precision.param_dtype
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return _DTYPES[name]
+
+
+def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:
+    """Build the optimiser over the student's parameter groups; schedules set learning rate and decay at each step."""
+    optim = cfg.optim
+    groups = param_groups(
+        model.student, layerwise_decay=optim.layerwise_decay, patch_embed_lr_mult=optim.patch_embed_lr_mult
+    )
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=optim.base_lr, momentum=optim.sgd_momentum, foreach=True)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
+    return kind(groups, lr=optim.base_lr, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
+
+
+def build_grad_scaler(cfg: Config, *, device: torch.device) -> torch.amp.GradScaler:
+    """Build the loss scaler; it passes values through unless training runs in float16."""
+    enabled = compute_dtype(cfg, device=device) == torch.float16 and cfg.compute_precision.grad_scaler
+    return torch.amp.GradScaler(device.type, enabled=enabled)

@@ -1,0 +1,261 @@
+"""`SSLMetaArch`: student, EMA teacher and losses of DINOv2, and one training step over them.
+
+Shapes: B images on this rank, 2 global crops, L local crops, N patches, M masked patches, D features, K prototypes.
+Source: Oquab et al. 2023, arXiv:2304.07193; names and numbers of the parents' `SSLMetaArch`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.configs import Config
+from dinov2.fsdp import local_tensor_pairs, shard
+from dinov2.layers.dino_head import DINOHead
+from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss.assignments import Assignments
+from dinov2.models import build_model
+
+_NUM_GLOBAL_CROPS = 2
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What the student of one step has to predict."""
+
+    cls: Assignments  # both global crops, crop-major, 2 * B rows
+    patch: Assignments | None  # masked patches, M rows; None without the iBOT loss
+    cls_norm: Tensor  # mean length of class tokens before the head, 0-dim
+    patch_norm: Tensor
+    feature_std: Tensor  # spread of unit class tokens, 0-dim: 1 = even over the sphere, 0 = collapsed
+
+
+class SSLMetaArch(nn.Module):
+    """Student and teacher, each a ModuleDict of `backbone`, `dino_head` and, if separate, `ibot_head`.
+
+    Args:
+        cfg: config of the run.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.dino_loss_weight = cfg.dino.loss_weight
+        self.koleo_loss_weight = cfg.dino.koleo_loss_weight
+        self.ibot_loss_weight = cfg.ibot.loss_weight
+        self.centering = cfg.train.centering
+        self.num_local_crops = cfg.crops.local_crops_number
+        self.autocast_dtype = torch.float32
+
+        self.student, self.teacher = _networks(cfg), _networks(cfg, of_teacher=True)
+        self.teacher.requires_grad_(False)
+        patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
+        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
+        self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
+        self.koleo_loss = KoLeoLoss(distributed=cfg.dino.koleo_loss_distributed)
+        self.train()
+
+    def init_weights(self, seed: int) -> None:
+        """Draw the student's weights from a generator of their own and start the teacher as its copy."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.student.values():
+            module.init_weights(generator=generator)
+        self.dino_loss.init_weights()
+        self.ibot_patch_loss.init_weights()
+        self.copy_student_to_teacher()
+
+    def copy_student_to_teacher(self) -> None:
+        """Make the teacher equal to the student; before sharding only."""
+        self.teacher.load_state_dict(self.student.state_dict())
+
+    def prepare_for_distributed_training(
+        self,
+        device: torch.device,
+        *,
+        strategy: str,
+        param_dtype: torch.dtype,
+        reduce_dtype: torch.dtype,
+        hybrid_shard_size: int | None = None,
+    ) -> None:
+        """Move everything to the device and shard student and teacher, module by module."""
+        self.to(device)
+        self.autocast_dtype = param_dtype
+        for networks in (self.student, self.teacher):
+            for module in networks.values():
+                shard(
+                    module,
+                    strategy=strategy,
+                    param_dtype=param_dtype,
+                    reduce_dtype=reduce_dtype,
+                    hybrid_shard_size=hybrid_shard_size,
+                )
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        """Set the student's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward_backward(
+        self,
+        images: dict[str, Tensor],
+        *,
+        teacher_temp: float,
+        backprop: Callable[[Tensor], None] = Tensor.backward,
+    ) -> dict[str, Tensor]:
+        """Compare the student on masked and local crops with the teacher on whole ones, and add up gradients.
+
+        Args:
+            images: a finished batch: collated_global_crops [2 * B, C, H, W] and collated_local_crops [L * B, C, h, w],
+                float32, crop-major; collated_masks [2 * B, N] bool; mask_indices_list [M], positions in the flattened
+                masks; masks_weight [M], 1 / (masked patches of the patch's image).
+            teacher_temp: teacher temperature, > 0.
+            backprop: called with the total loss; scales it where gradients are accumulated or in float16.
+
+        Returns:
+            0-dim tensors without gradient: total_loss, each loss before its weight, and signs of collapse.
+        """
+        with torch.autocast(
+            images["collated_global_crops"].device.type,
+            dtype=self.autocast_dtype,
+            enabled=self.autocast_dtype != torch.float32,
+        ):
+            targets = self.teacher_targets(images, teacher_temp=teacher_temp)
+            total, metrics = self.student_losses(images, targets)
+        backprop(total)
+        metrics |= {
+            "total_loss": total.detach(),
+            "teacher_entropy": _entropy(targets.cls),
+            "cls_norm": targets.cls_norm,
+            "patch_norm": targets.patch_norm,
+            "feature_std": targets.feature_std,
+            "dino_center_norm": self.dino_loss.center.norm(),
+            "ibot_center_norm": self.ibot_patch_loss.center.norm(),
+        }
+        return metrics
+
+    @torch.no_grad()
+    def teacher_targets(self, images: dict[str, Tensor], *, teacher_temp: float) -> TeacherTargets:
+        """Assign the class tokens of both global crops, and the patches that the student will not see."""
+        tokens = self.teacher.backbone(images["collated_global_crops"], is_training=True)
+        cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
+        cls_targets = self._assign(self.dino_loss, self.teacher.dino_head(cls), teacher_temp)
+        patch_targets = None
+        if self.ibot_loss_weight > 0:
+            masked = patches.flatten(0, 1).index_select(0, images["mask_indices_list"])  # [M, D]
+            patch_targets = self._assign(self.ibot_patch_loss, _patch_head(self.teacher)(masked), teacher_temp)
+        cls = cls.float()
+        unit = nn.functional.normalize(cls, dim=-1)
+        return TeacherTargets(
+            cls=cls_targets,
+            patch=patch_targets,
+            cls_norm=cls.norm(dim=-1).mean(),
+            patch_norm=patches.float().norm(dim=-1).mean(),
+            feature_std=unit.std(dim=0, correction=0).square().sum().sqrt(),
+        )
+
+    def student_losses(
+        self, images: dict[str, Tensor], targets: TeacherTargets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of all losses and, by name, each loss before its weight."""
+        crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
+        if self.num_local_crops:
+            crops.append(images["collated_local_crops"])
+            masks.append(None)
+        tokens = self.student.backbone(crops, masks=masks, is_training=True)
+        cls = torch.cat([t["x_norm_clstoken"] for t in tokens])  # [(2 + L) * B, D]
+        global_cls = tokens[0]["x_norm_clstoken"]  # [2 * B, D]
+
+        criterion = self.dino_loss.criterion(targets.cls, num_local_crops=self.num_local_crops)
+        dino, local_loss, global_loss = self.student.dino_head(cls, criterion)
+        total = self.dino_loss_weight * dino
+        metrics = {"dino_local_crops_loss": local_loss, "dino_global_crops_loss": global_loss}
+
+        if self.koleo_loss_weight > 0:
+            koleo = sum(self.koleo_loss(crop) for crop in global_cls.chunk(_NUM_GLOBAL_CROPS))
+            total = total + self.koleo_loss_weight * koleo
+            # The parents log the weighted mean over crops.
+            metrics["koleo_loss"] = self.koleo_loss_weight * koleo.detach() / _NUM_GLOBAL_CROPS
+
+        if targets.patch is not None:
+            masked = tokens[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, images["mask_indices_list"])
+            criterion = self.ibot_patch_loss.criterion(
+                targets.patch, masks_weight=images["masks_weight"], num_images=len(global_cls)
+            )
+            (ibot,) = _patch_head(self.student)(masked, criterion)
+            total = total + self.ibot_loss_weight * ibot
+            metrics["ibot_loss"] = ibot.detach() / _NUM_GLOBAL_CROPS
+        return total, metrics
+
+    def _assign(self, loss: DINOLoss | iBOTPatchLoss, scores: Tensor, teacher_temp: float) -> Assignments:
+        """Assign by the configured rule; with softmax-centring the scores also count for the next centre."""
+        if self.centering == "sinkhorn_knopp":
+            return loss.sinkhorn_knopp_teacher(scores, teacher_temp)
+        loss.update_center(scores)
+        return loss.softmax_center_teacher(scores, teacher_temp)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student."""
+        for name, module in self.teacher.items():
+            teacher, student = local_tensor_pairs(module, self.student[name])
+            torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def apply_center_updates(self) -> None:
+        """Let the centres take in the scores of this step."""
+        self.dino_loss.apply_center_update()
+        self.ibot_patch_loss.apply_center_update()
+
+    def discard_center_updates(self) -> None:
+        """Forget the scores of this step, when it is cancelled."""
+        self.dino_loss.discard_center_update()
+        self.ibot_patch_loss.discard_center_update()
+
+
+def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
+    """Build backbone and heads as the config says; a teacher has no stochastic depth."""
+    student = cfg.student
+    backbone = build_model(
+        student.arch,
+        img_size=cfg.crops.global_crops_size,
+        patch_size=student.patch_size,
+        in_chans=student.in_chans,
+        embed_dim=student.embed_dim,
+        depth=student.depth,
+        num_heads=student.num_heads,
+        drop_path_rate=0.0 if of_teacher else student.drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
+        init_values=student.layerscale,
+        ffn_layer=student.ffn_layer,
+        qkv_bias=student.qkv_bias,
+        proj_bias=student.proj_bias,
+        ffn_bias=student.ffn_bias,
+        num_register_tokens=student.num_register_tokens,
+        interpolate_antialias=student.interpolate_antialias,
+        interpolate_offset=student.interpolate_offset,
+        attention_backend=student.attention_backend,
+    )
+    networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
+    if cfg.ibot.separate_head:
+        networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
+    return networks
+
+
+def _head(in_dim: int, section: object) -> DINOHead:
+    """Build a head from the config section `dino` or `ibot`."""
+    return DINOHead(
+        in_dim,
+        section.head_n_prototypes,
+        nlayers=section.head_nlayers,
+        hidden_dim=section.head_hidden_dim,
+        bottleneck_dim=section.head_bottleneck_dim,
+    )
+
+
+def _patch_head(networks: nn.ModuleDict) -> DINOHead:
+    return networks["ibot_head"] if "ibot_head" in networks else networks["dino_head"]
+
+
+def _entropy(assignments: Assignments) -> Tensor:
+    """Mean entropy of assignments in nats, 0-dim: log K is uniform, 0 is one prototype each."""
+    return torch.special.entr(assignments.dense()).sum(dim=-1).mean()

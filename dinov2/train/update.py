@@ -1,0 +1,79 @@
+"""Clip gradients per sub-module and decide, on all ranks together, whether the step may be taken."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.distributed import all_gather_objects, all_reduce_max
+from dinov2.errors import TrainingError
+from dinov2.fsdp import clip_grad_norm_
+
+logger = logging.getLogger(__name__)
+
+_MAX_CANCELLED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks agreed on after the backward pass of a step."""
+
+    is_finite: bool  # loss and gradients are finite on every rank
+    stop: bool  # some rank was asked to stop
+
+
+def clip_gradients(student: nn.ModuleDict, *, max_norm: float | None) -> dict[str, Tensor]:
+    """Scale the gradients of each sub-module to a norm of at most `max_norm`, in place.
+
+    Returns:
+        Norms before clipping, 0-dim, over all ranks: one per sub-module, and `grad_norm` of all together.
+    """
+    norms = {
+        f"grad_norm_{name}": clip_grad_norm_(module.parameters(), max_norm or None)
+        for name, module in student.items()
+    }
+    norms["grad_norm"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    return norms
+
+
+def agree(loss: Tensor, grad_norm: Tensor, *, stop: bool) -> Verdict:
+    """Find out whether every rank is fine and none wants to stop. Cost: one all-reduce of 2 floats, one host sync."""
+    is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    flags = torch.stack([is_bad.float(), torch.full_like(is_bad, stop, dtype=torch.float32)])
+    any_bad, any_stop = all_reduce_max(flags).tolist()
+    return Verdict(is_finite=not any_bad, stop=bool(any_stop))
+
+
+class CancelledSteps:
+    """Count steps cancelled in a row and end the run when there are too many."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def note(self, verdict: Verdict, *, step: int, loss: Tensor, expected: bool) -> None:
+        """Take note of a step.
+
+        Args:
+            loss: this rank's loss, 0-dim.
+            expected: gradients overflowed because the float16 loss scale is still being found.
+
+        Raises:
+            TrainingError: three steps in a row had a non-finite loss or gradient.
+        """
+        if verdict.is_finite:
+            self.in_a_row = 0
+            return
+        if expected:
+            return
+        self.in_a_row += 1
+        values = all_gather_objects(loss.item())
+        bad = [str(rank) for rank, value in enumerate(values) if not torch.isfinite(torch.tensor(value))]
+        where = f"the loss on rank {', '.join(bad)}" if bad else "the gradients"
+        if self.in_a_row >= _MAX_CANCELLED_IN_A_ROW:
+            raise TrainingError(
+                f"iteration {step}: {where} became NaN or infinite {self.in_a_row} times in a row; nothing of these "
+                f"steps was kept. Lower optim.base_lr, lengthen optim.warmup_epochs, or look for broken images; the "
+                f"last checkpoint is intact"
+            )
+        logger.warning("step=%d cancelled: %s became NaN or infinite", step, where)

@@ -1,0 +1,68 @@
+"""Losses and assignments against numbers of the official code."""
+
+import pytest
+import torch
+from support.golden import load_golden
+
+from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss.assignments import Assignments
+
+TEMPERATURE = 0.06
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in load_golden("losses_v2").items()}
+
+
+def test_softmax_centring_before_and_after_a_centre_update(golden):
+    loss = DINOLoss(32)
+    first = loss.softmax_center_teacher(golden["teacher_logits"].clone(), TEMPERATURE).dense()
+    loss.update_center(golden["teacher_logits"])
+    loss.apply_center_update()
+    second = loss.softmax_center_teacher(golden["teacher_logits_next"].clone(), TEMPERATURE).dense()
+    torch.testing.assert_close(first, golden["softmax_center_step0"], **CLOSE)
+    torch.testing.assert_close(loss.center, golden["center_after"], **CLOSE)
+    torch.testing.assert_close(second, golden["softmax_center_step1"], **CLOSE)
+
+
+def test_sinkhorn(golden):
+    assignments = DINOLoss(32).sinkhorn_knopp_teacher(golden["teacher_logits"].clone(), TEMPERATURE)
+    torch.testing.assert_close(assignments.dense(), golden["sinkhorn_0.06"], **CLOSE)
+
+
+def test_dense_dino_loss_of_local_and_global_crops(golden):
+    loss = DINOLoss(32)
+    targets = golden["softmax_center_step0"]
+    local = loss(golden["student_local"].chunk(4), targets.view(2, 6, 32))
+    everything = loss([golden["student_global"]], [targets])
+    torch.testing.assert_close(local, golden["dino_local_4chunks"], **CLOSE)
+    torch.testing.assert_close(everything, golden["dino_global"], **CLOSE)
+
+
+def test_ibot_loss_and_centre(golden):
+    loss = iBOTPatchLoss(32)
+    teacher = golden["ibot_teacher_logits"].squeeze(0)
+    targets = loss.softmax_center_teacher(teacher.clone(), TEMPERATURE).dense()
+    torch.testing.assert_close(targets, golden["ibot_softmax_center"], **CLOSE)
+    value = loss.forward_masked(golden["ibot_student_logits"], targets, golden["ibot_masks"])
+    torch.testing.assert_close(value, golden["ibot_loss"], **CLOSE)
+    loss.update_center(teacher)
+    loss.apply_center_update()
+    torch.testing.assert_close(loss.center, golden["ibot_center_after"].squeeze(0), **CLOSE)
+
+
+def test_chunked_ibot_loss_equals_the_official_one(golden):
+    masks = golden["ibot_masks"]
+    per_image = masks.sum(1)
+    weights = (1 / per_image.clamp_min(1))[masks.nonzero()[:, 0]]
+    criterion = iBOTPatchLoss(32).criterion(
+        Assignments(golden["ibot_softmax_center"]), masks_weight=weights, num_images=len(masks)
+    )
+    (value,) = criterion(golden["ibot_student_logits"], torch.eye(32))  # scores are the features themselves
+    torch.testing.assert_close(value, golden["ibot_loss"], **CLOSE)
+
+
+def test_koleo(golden):
+    torch.testing.assert_close(KoLeoLoss()(golden["koleo_in"]), golden["koleo"], **CLOSE)
