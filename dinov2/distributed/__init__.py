@@ -13,11 +13,13 @@ from dinov2.distributed.collectives import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    broadcast_tensor,
     gather_objects,
     on_main_first,
 )
 from dinov2.distributed.environment import (
     Environment,
+    get_device,
     get_global_rank,
     get_global_size,
     get_local_rank,
@@ -40,7 +42,9 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_object",
+    "broadcast_tensor",
     "gather_objects",
+    "get_device",
     "get_global_rank",
     "get_global_size",
     "get_local_rank",

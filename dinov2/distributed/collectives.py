@@ -80,7 +80,7 @@ def all_gather_varlen(tensor: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def broadcast_object(obj: Any, src: int = 0) -> Any:  # noqa: ANN401 (anything that pickles)
+def broadcast_object(obj: Any, src: int = 0) -> Any:
     """Send a picklable object from rank `src` to all; what the others pass in is ignored."""
     if get_world_size() == 1:
         return obj
@@ -89,7 +89,14 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:  # noqa: ANN401 (anything t
     return box[0]
 
 
-def gather_objects(obj: Any) -> list[Any] | None:  # noqa: ANN401 (anything that pickles)
+def broadcast_tensor(tensor: Tensor, src: int = 0) -> Tensor:
+    """Overwrite `tensor`, in place, with rank `src`'s tensor of the same shape and type; returns it."""
+    if get_world_size() > 1:
+        dist.broadcast(tensor, src=src)
+    return tensor
+
+
+def gather_objects(obj: Any) -> list[Any] | None:
     """Collect one picklable object of each rank, in rank order, on rank 0; the others get None."""
     if get_world_size() == 1:
         return [obj]
@@ -98,7 +105,7 @@ def gather_objects(obj: Any) -> list[Any] | None:  # noqa: ANN401 (anything that
     return box
 
 
-def all_gather_objects(obj: Any) -> list[Any]:  # noqa: ANN401 (anything that pickles)
+def all_gather_objects(obj: Any) -> list[Any]:
     """Collect one picklable object of each rank, in rank order, on every rank."""
     box: list[Any] = [obj] * get_world_size()
     if get_world_size() > 1:
@@ -112,7 +119,7 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def on_main_first(fn: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 (fn's own types)
+def on_main_first(fn: Callable[..., Any], *args: Any) -> Any:
     """Run `fn(*args)` on rank 0 alone and give all ranks its result, or raise its error on all ranks together.
 
     Raises:

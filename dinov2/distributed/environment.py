@@ -96,6 +96,11 @@ def get_local_world_size() -> int:
     return 1 if _environment is None else _environment.local_world_size
 
 
+def get_device() -> torch.device:
+    """Return the device chosen by `init`, the CPU before it."""
+    return torch.device("cpu") if _environment is None else _environment.device
+
+
 def is_main_process() -> bool:
     """Say whether this is rank 0, the one that writes shared files."""
     return get_rank() == 0

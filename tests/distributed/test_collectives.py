@@ -50,7 +50,7 @@ def collect_all():
 
 @pytest.mark.dist
 def test_collectives_agree_on_two_processes():
-    first, second = run_distributed(collect_all)
+    first, second = run_distributed(collect_all, launcher="torchrun")
     for result in (first, second):
         assert torch.equal(result["sum"], torch.full((2, 3), 3.0))
         assert torch.equal(result["sum_of_transposed"], torch.arange(6.0).view(2, 3).t())

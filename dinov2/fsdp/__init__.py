@@ -1,0 +1,22 @@
+"""Sharding of modules over ranks (FSDP2) and the checkpoints of sharded training."""
+
+from dinov2.fsdp.gradients import clip_grad_norm_, grad_norms
+from dinov2.fsdp.wrap import (
+    full_state_dict,
+    load_full_state_dict,
+    local_tensor_pairs,
+    local_tensors,
+    reshard,
+    shard,
+)
+
+__all__ = [
+    "clip_grad_norm_",
+    "full_state_dict",
+    "grad_norms",
+    "load_full_state_dict",
+    "local_tensor_pairs",
+    "local_tensors",
+    "reshard",
+    "shard",
+]
