@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 class PrototypeLayer(nn.Module):
     """Hold K prototypes as direction and length, under the names that `torch.nn.utils.weight_norm` gave them."""
 

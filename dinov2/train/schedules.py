@@ -97,5 +97,9 @@ def scaled_lr(base_lr: float, *, rule: str, global_batch_size: int) -> float:
 
     Source: `sqrt_wrt_1024` is the parents' `apply_scaling_rules_to_cfg`; `linear_wrt_256` is Goyal et al. 2017.
     """
-    factors = {"sqrt_wrt_1024": (global_batch_size / 1024) ** 0.5, "linear_wrt_256": global_batch_size / 256, "none": 1.0}
+    factors = {
+        "sqrt_wrt_1024": (global_batch_size / 1024) ** 0.5,
+        "linear_wrt_256": global_batch_size / 256,
+        "none": 1.0,
+    }
     return base_lr * factors[rule]

@@ -154,9 +154,7 @@ class SSLMetaArch(nn.Module):
             feature_std=unit.std(dim=0, correction=0).square().sum().sqrt(),
         )
 
-    def student_losses(
-        self, images: dict[str, Tensor], targets: TeacherTargets
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_losses(self, images: dict[str, Tensor], targets: TeacherTargets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all losses and, by name, each loss before its weight."""
         crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
         if self.num_local_crops:

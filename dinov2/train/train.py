@@ -1,6 +1,6 @@
 """Train: self-supervised training of student and EMA teacher, as library module and as program.
 
-    torchrun --nproc_per_node=4 dinov2/train/train.py --config-file F --output-dir D [key=value ...]
+torchrun --nproc_per_node=4 dinov2/train/train.py --config-file F --output-dir D [key=value ...]
 """
 
 import argparse

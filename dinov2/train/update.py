@@ -30,8 +30,7 @@ def clip_gradients(student: nn.ModuleDict, *, max_norm: float | None) -> dict[st
         Norms before clipping, 0-dim, over all ranks: one per sub-module, and `grad_norm` of all together.
     """
     norms = {
-        f"grad_norm_{name}": clip_grad_norm_(module.parameters(), max_norm or None)
-        for name, module in student.items()
+        f"grad_norm_{name}": clip_grad_norm_(module.parameters(), max_norm or None) for name, module in student.items()
     }
     norms["grad_norm"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     return norms

@@ -45,4 +45,6 @@ def test_losses_and_gradients_of_one_step(name):
     assert set(gradients) == {key for key, grad in own.items() if grad is not None}
     for key, expected in gradients.items():
         scale = expected.abs().max().item()
-        torch.testing.assert_close(own[key], expected, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            own[key], expected, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, key=key: f"{key}: {m}"
+        )
