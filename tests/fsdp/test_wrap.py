@@ -7,6 +7,7 @@ from support.toy_fsdp import make_toy
 from torch import nn
 
 from dinov2 import distributed, fsdp
+from dinov2.errors import CheckpointError, ConfigError
 
 MAX_NORM = 0.05
 STRATEGIES = ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"]
@@ -146,3 +147,93 @@ def test_sharded_training_equals_one_process(num_processes, strategies, rows):
     for rank in ranks:
         for found in rank["results"].values():
             torch.testing.assert_close(found["norms"], first, rtol=1e-6, atol=0)
+
+
+def scale_and_refuse():
+    results = {"errors": []}
+    for strategy in STRATEGIES[:3]:
+        for fused in (False, True):
+            toy = _shard_toy(make_toy(1), strategy=strategy, param_dtype=torch.float16)
+            optimizer = torch.optim.AdamW([p for p in toy.parameters() if p.requires_grad], lr=0.1, fused=fused)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            before = fsdp.full_state_dict(toy)
+            for poisoned in (True, False):
+                out = toy["head"](toy["backbone"](torch.ones(2, 3))["features"])
+                scaler.scale(out.sum()).backward()
+                if poisoned:  # one element on the last rank only
+                    rows = fsdp.local_tensors([toy["head"].last_layer.weight.grad])[0]
+                    rows[-1, -1] = torch.inf if distributed.get_rank() == 1 or strategy == "NO_SHARD" else 1.0
+                scaler.unscale_(optimizer)
+                norm = fsdp.clip_grad_norm_(toy.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                after = fsdp.full_state_dict(toy)
+                changed = before is not None and any(not torch.equal(before[k], after[k]) for k in before)
+                results[f"{strategy} {fused} {poisoned}"] = [scaler.get_scale(), norm.isfinite().item(), changed]
+
+    def refuse(call):
+        try:
+            call()
+        except (CheckpointError, ConfigError, ValueError) as error:
+            results["errors"].append(f"{type(error).__name__}: {error}")
+
+    toy = _shard_toy(make_toy(1), strategy="FULL_SHARD")
+    state = distributed.broadcast_object(fsdp.full_state_dict(toy))
+    refuse(lambda: fsdp.load_full_state_dict(toy, {"other": torch.zeros(1)} | dict(list(state.items())[1:])))
+    refuse(lambda: fsdp.load_full_state_dict(toy, state | {"head.mlp.bias": torch.zeros(7)}))
+    refuse(lambda: fsdp.shard(nn.Linear(2, 2), strategy="FULL"))
+    refuse(lambda: fsdp.shard(nn.Linear(2, 2), strategy="HYBRID_SHARD", hybrid_shard_size=3))
+    trainable_scalar = nn.Linear(2, 2)
+    trainable_scalar.temperature = nn.Parameter(torch.tensor(1.0))
+    refuse(lambda: fsdp.shard(trainable_scalar, strategy="FULL_SHARD"))
+    refuse(lambda: fsdp.local_tensor_pairs(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)))
+    low = make_toy(1)
+    _shard_toy(low, strategy="SHARD_GRAD_OP", param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    out = low["head"](low["backbone"](torch.ones(2, 3))["features"])
+    out.sum().backward()
+    weight = low["head"].mlp.weight
+    results["dtypes"] = [str(t.dtype) for t in (out, weight, weight.grad)]
+    return results
+
+
+@pytest.mark.dist
+def test_ranks_agree_on_overflow_and_on_errors():
+    first, second = run_distributed(scale_and_refuse)
+    for strategy in STRATEGIES[:3]:
+        for fused in (False, True):
+            # overflow on one rank halves the scale and skips the step on both
+            assert first[f"{strategy} {fused} True"] == [4.0, False, False]
+            assert second[f"{strategy} {fused} True"] == [4.0, False, False]
+            assert first[f"{strategy} {fused} False"] == [4.0, True, True]
+            assert second[f"{strategy} {fused} False"][:2] == [4.0, True]
+    assert first["errors"] == second["errors"]
+    assert first["errors"] == [
+        "CheckpointError: weights do not fit the model: 1 missing (first: backbone.scale), 1 unexpected (first: other)",
+        "CheckpointError: weights do not fit the model: head.mlp.bias has shape [7], the model needs [6]",
+        "ValueError: strategy=FULL: must be one of NO_SHARD, SHARD_GRAD_OP, FULL_SHARD, HYBRID_SHARD",
+        "ConfigError: compute_precision.hybrid_shard_size=3: 2 processes cannot be split into groups of 3; "
+        "choose a divisor of 2",
+        "ValueError: parameter temperature has no axes; give it shape [1] so that its gradient can be averaged",
+        "ValueError: modules differ in bias",
+    ]
+    assert first["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+
+
+def test_one_process_needs_no_sharding():
+    toy = make_toy(1)
+    backbone = toy["backbone"]
+    assert fsdp.shard(backbone, strategy="FULL_SHARD") is backbone
+    assert type(backbone.embed.weight) is nn.Parameter
+    state = fsdp.full_state_dict(toy)
+    other = make_toy(2)
+    fsdp.load_full_state_dict(other, state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    toy["head"](backbone(torch.ones(2, 3))["features"]).sum().backward()
+    reference = [p.grad.clone() for p in toy.parameters() if p.grad is not None]
+    expected = nn.utils.get_total_norm(reference)
+    params = list(toy.parameters())
+    torch.testing.assert_close(fsdp.grad_norms([params[:3], params[3:], []]).square().sum().sqrt(), expected)
+    torch.testing.assert_close(fsdp.clip_grad_norm_(params, float("inf")), expected)
+    torch.testing.assert_close(fsdp.clip_grad_norm_(params, 0.1), expected)
+    torch.testing.assert_close(fsdp.clip_grad_norm_(params, None), torch.tensor(0.1), rtol=1e-4, atol=0)
