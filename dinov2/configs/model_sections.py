@@ -37,7 +37,9 @@ class ComputePrecisionConfig(Section):
     KEY: ClassVar[str] = "compute_precision"
 
     device: str = "auto"  # auto | cpu | cuda | cuda:N; auto: the local rank's GPU if there is one, else the CPU
-    param_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the forward pass; auto: bf16 if the GPU has it
+    param_dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of the forward pass; auto: bf16 if the GPU has it, else fp32
+    )
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # of gradients while they are summed over ranks
     # NO_SHARD: whole copies; SHARD_GRAD_OP: gradients and optimiser state split; FULL_SHARD: parameters too;
     # HYBRID_SHARD: split within groups of hybrid_shard_size ranks, copied between groups
@@ -93,7 +95,7 @@ class IbotConfig(HeadConfig):
 
     mask_sample_probability: float = 0.5  # share of global crops that are masked, 0..1
     mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)  # smallest and largest share of masked patches, 0..1
-    separate_head: bool = False  # true: an own head from the head_* keys below; false: the DINO head serves both
+    separate_head: bool = False  # true: an own head from this section's head_* keys; false: the DINO head serves both
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +113,9 @@ class StudentConfig(Section):
 
     KEY: ClassVar[str] = "student"
 
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"  # named size
+    # width, blocks, heads: vit_tiny 192, 12, 3; vit_small 384, 12, 6; vit_base 768, 12, 12; vit_large 1024, 24, 16;
+    # vit_giant2 1536, 40, 24
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"
     patch_size: int = 16  # px, >= 1; both crop sizes must be multiples of it
     in_chans: int = 3  # channels of an image, >= 1
     embed_dim: int | None = None  # width, >= 1, a multiple of num_heads; null: that of arch

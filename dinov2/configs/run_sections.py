@@ -18,8 +18,8 @@ class TrainConfig(Section):
     KEY: ClassVar[str] = "train"
 
     batch_size_per_gpu: int = 64  # images of one rank in one accumulation step, >= 1
-    # images of one step over all ranks and accumulation steps, >= 1, a multiple of their product; null: from the key
-    # above, which this one overrules
+    # images of one step over all ranks and accumulation steps, >= 1, a multiple of their product; it overrules
+    # batch_size_per_gpu; null: what batch_size_per_gpu gives
     global_batch_size: int | None = None
     dataset_path: str = ""  # training images: Name:key=value:..., e.g. ImageFolder:root=photos
     output_dir: str = "."  # folder of the run
@@ -27,7 +27,7 @@ class TrainConfig(Section):
     num_workers: int = 10  # loader processes of one rank, >= 0; results do not depend on it
     OFFICIAL_EPOCH_LENGTH: int | None = 1250  # steps, >= 1; null: images of the dataset // global batch size
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # how the teacher's targets are kept from collapse
-    on_bad_image: Literal["error", "skip"] = "error"  # an image that cannot be read: stop, or take another and count it
+    on_bad_image: Literal["error", "skip"] = "error"  # image that cannot be read: stop, or take another
     # epoch: each image once an epoch, new order each; infinite: one shuffled stream; sharded_infinite: the same for
     # datasets too large to shuffle in one piece
     sampler: Literal["epoch", "infinite", "sharded_infinite"] = "sharded_infinite"
@@ -60,7 +60,8 @@ class OptimConfig(Section):
     min_lr: float = 1.0e-06  # learning rate at the end of the cosine, >= 0; not scaled
     clip_grad: float | None = 3.0  # largest gradient norm of a sub-module, >= 0; 0 or null: no clipping
     freeze_last_layer_epochs: int = 1  # epochs in which the heads' last layers stay as they are, >= 0
-    # learning rate = base_lr times: sqrt(global batch / 1024) | global batch / 256 | 1
+    # peak learning rate; sqrt_wrt_1024: base_lr * sqrt(global batch / 1024); linear_wrt_256: base_lr * global batch /
+    # 256; none: base_lr
     scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
     patch_embed_lr_mult: float = 0.2  # factor on the learning rate of the patch embedding, >= 0
     layerwise_decay: float = (
