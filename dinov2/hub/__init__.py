@@ -1,0 +1,1 @@
+"""Published weights: read their files and load them into backbones."""
