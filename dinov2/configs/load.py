@@ -17,8 +17,6 @@ from dinov2.configs.tree import build, leaves, nest, section_names
 from dinov2.configs.values import convert, is_text
 from dinov2.errors import ConfigError
 
-_COMMAND_LINE = "on the command line"
-
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number and 2024-01-31 is text; of a key given twice, the last wins."""
@@ -49,8 +47,8 @@ def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Confi
         for key, value in _flatten(_read_yaml(config_file), source=f"in {config_file}"):
             given[key] = Given(value, 0)
     for override in overrides:
-        key, value = _parse_override(override)
-        given[key] = Given(value, 1)
+        for key, value in _flatten(_parse_override(override), source="on the command line"):
+            given[key] = Given(value, 1)
     given = _resolve(given)
     epoch_key = "train.OFFICIAL_EPOCH_LENGTH"
     epoch_length = given[epoch_key].value if epoch_key in given else leaves()[epoch_key].default
@@ -88,7 +86,7 @@ def _kind(content: Any) -> str:
     return "a list" if isinstance(content, list) else "a single value"
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
+def _parse_override(override: str) -> Mapping[str, Any]:
     """Split `key=value`; the value of a text key is taken as it stands, others are read as YAML."""
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -97,13 +95,11 @@ def _parse_override(override: str) -> tuple[str, Any]:
     text = text.strip()
     leaf = leaves().get(key)
     if leaf is not None and is_text(leaf.annotation) and not _is_quoted(text) and text not in ("null", "~"):
-        return key, text
+        return {key: text}
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return {key: yaml.load(text, Loader=_Loader)}
     except yaml.YAMLError:
         raise ConfigError(f"argument {override!r}: the value is not valid YAML") from None
-    _require_known(key, value, source=_COMMAND_LINE)
-    return key, value
 
 
 def _is_quoted(text: str) -> bool:
@@ -145,8 +141,9 @@ def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{where}{str(error).splitlines()[0]}") from None
+        key = error.full_key or ""
+        written = f"{key}={show_value(given[key].value)}" if key in given else key
+        raise ConfigError(f"{written}: cannot be resolved ({str(error).splitlines()[0]})") from None
     return {key: Given(_at(resolved, key), value.layer) for key, value in given.items()}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinov2.configs.section import show_value
+from dinov2.configs.tree import leaves
 from dinov2.configs.values import convert
 from dinov2.errors import ConfigError
 
@@ -148,6 +149,8 @@ def _translate_per_module(given: Mapping[str, Given]) -> tuple[dict[str, Given],
         if target == "reduce_dtype" and any(value.value == "fp16" for value in named.values()):
             notes.append(f"{key}: gradients are summed over ranks in fp32 where fp16 was asked for")
             named = {k: Given("fp32" if v.value == "fp16" else v.value, v.layer) for k, v in named.items()}
+        for name, value in named.items():
+            convert(name, value.value, leaves()[key].annotation)  # so that an error names the key as it was given
         decides, chosen = next(iter(named.items()))
         translated[key] = Given(chosen.value, max(value.layer for value in named.values()))
         others = [name for name, value in named.items() if value.value != chosen.value]

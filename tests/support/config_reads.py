@@ -9,7 +9,7 @@ from dinov2.configs import Config
 def recording(cfg: Config) -> tuple[Config, set[str]]:
     """Return a twin of `cfg` and the set, filled from now on, of the dotted keys that are read from the twin.
 
-    The twin is an instance of the same dataclasses, so that `dataclasses.asdict` and `isinstance` work, too. Writing the
+    The twin is an instance of the same dataclasses, so that `dataclasses.asdict` and `isinstance` work. Writing the
     settings out (`to_dict`, `write_config`, `config_digest`) does not count as reading.
     """
     read: set[str] = set()
