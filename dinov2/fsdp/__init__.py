@@ -1,6 +1,9 @@
 """Sharding of modules over ranks (FSDP2) and the checkpoints of sharded training."""
 
+from dinov2.fsdp.checkpointer import FSDPCheckpointer
 from dinov2.fsdp.gradients import clip_grad_norm_, grad_norms
+from dinov2.fsdp.periodic import PeriodicCheckpointer
+from dinov2.fsdp.rng import RngState
 from dinov2.fsdp.wrap import (
     full_state_dict,
     load_full_state_dict,
@@ -11,6 +14,9 @@ from dinov2.fsdp.wrap import (
 )
 
 __all__ = [
+    "FSDPCheckpointer",
+    "PeriodicCheckpointer",
+    "RngState",
     "clip_grad_norm_",
     "full_state_dict",
     "grad_norms",
