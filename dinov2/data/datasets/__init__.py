@@ -1,0 +1,1 @@
+"""Bases of datasets, and decoding of image files."""

@@ -1,0 +1,129 @@
+"""Reading image files that nobody vouches for: size checked before decoding, every failure one `DatasetError`.
+
+`EncodedImage` knows the size of an image before it decodes, so that a caller can ask for fewer pixels.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dinov2.errors import ConfigError, DatasetError
+
+MAX_IMAGE_PIXELS = 178_956_970  # default limit, Pillow's for decompression bombs
+_MODES = {1: "L", 3: "RGB"}
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_JPEG_SCALES = (8, 4, 2)
+
+
+class EncodedImage:
+    """An image whose header is read and whose pixels are not.
+
+    Args:
+        data: the file's content.
+        channels: 3 for RGB, 1 for grey; any image is converted.
+        max_image_pixels: larger images are refused before they are decoded; None: no limit.
+
+    Raises:
+        ConfigError: `channels` is neither 1 nor 3.
+        DatasetError: the file is empty, no known image, or too large.
+    """
+
+    def __init__(self, data: bytes, *, channels: int = 3, max_image_pixels: int | None = MAX_IMAGE_PIXELS) -> None:
+        self._mode = pillow_mode(channels)
+        if not data:
+            raise DatasetError("the file is empty")
+        with _unreadable():
+            self._image = _open(data, max_image_pixels)
+            self._orientation = self._image.getexif().get(_ORIENTATION_TAG, 1)
+        width, height = self._image.size
+        if self._orientation in _TRANSPOSED:
+            width, height = height, width
+        self.width = width
+        self.height = height
+
+    def to_pil(self, *, reduce: float = 1.0) -> Image.Image:
+        """Decode, once.
+
+        Args:
+            reduce: how many times smaller, in both directions, the result may be; JPEG files then decode to the
+                nearest size of 1/2, 1/4 or 1/8 that is not smaller than that.
+
+        Raises:
+            DatasetError: the file is damaged.
+        """
+        with _unreadable():
+            if self._image.format == "JPEG":
+                scale = next((scale for scale in _JPEG_SCALES if scale <= reduce), 1)
+                size = (self._image.width // scale, self._image.height // scale)
+                self._image.draft(self._mode, size)
+            self._image.load()
+            image = _to_mode(self._image, self._mode)
+            return ImageOps.exif_transpose(image) if self._orientation != 1 else image
+
+    def to_tensor(self, *, reduce: float = 1.0) -> Tensor:
+        """Decode, once, to uint8 [C, H, W], in memory as [H, W, C]."""
+        return pil_to_tensor(self.to_pil(reduce=reduce))
+
+
+def pillow_mode(channels: int) -> str:
+    """Pillow's name for images of 1 or 3 channels."""
+    if channels not in _MODES:
+        raise ConfigError(f"student.in_chans={channels}: image files of this dataset are read with 1 or 3 channels")
+    return _MODES[channels]
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """Copy a Pillow image of mode L or RGB to uint8 [C, H, W], in memory as [H, W, C]."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _open(data: bytes, max_image_pixels: int | None) -> Image.Image:
+    """Read the header; Pillow's process-wide limit makes way for ours while it does."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(io.BytesIO(data))
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    width, height = image.size
+    if max_image_pixels is not None and width * height > max_image_pixels:
+        raise DatasetError(
+            f"{width} x {height} pixels are more than data.max_image_pixels={max_image_pixels}; "
+            "raise it if the image is what it claims to be"
+        )
+    return image
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to grey or RGB; 16-bit values keep their upper half, transparency is dropped."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise DatasetError(
+                f"pixels of Pillow's mode {image.mode} have no known range; store 8 or 16 bits a channel"
+            )
+        image = Image.fromarray(np.round(values * (255 / 65535)).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Turn what a damaged file makes Pillow raise into a `DatasetError`."""
+    try:
+        yield
+    except (DatasetError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise DatasetError("not an image of a known format") from error
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise a dozen kinds on damaged files: OSError, SyntaxError, struct.error
+        raise DatasetError(f"damaged file ({error or type(error).__name__})") from error
