@@ -1,0 +1,116 @@
+"""Draw the curves of a run from its `training_metrics.json`: losses, k-NN, schedules, signs of collapse, speed."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dinov2.errors import DatasetError
+from dinov2.logging.metrics_file import read_metrics
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps done, values
+
+_NUM_COLUMNS = 4
+_MAX_POINTS = 1000  # of a curve; longer ones are drawn as means of equal stretches
+_OWN_PANEL = {  # metric: title
+    "wd": "weight decay",
+    "mom": "teacher momentum",
+    "momentum": "teacher momentum",
+    "teacher_temp": "teacher temperature",
+    "feature_std": "feature std (0 = collapsed)",
+    "teacher_entropy": "teacher entropy, nats",
+    "cls_norm": "class token norm",
+    "patch_norm": "patch token norm",
+    "grad_norm": "gradient norm",
+    "images_per_s": "images/s",
+    "data_s": "waiting for data, s",
+    "peak_gib": "peak memory, GiB",
+}
+
+
+def plot_training_curves(
+    json_path: str | Path, png_path: str | Path, *, start_scores: Mapping[str, float] | None = None
+) -> None:
+    """Draw all curves of a run into one picture.
+
+    Args:
+        json_path: `training_metrics.json` of the run.
+        png_path: picture to write.
+        start_scores: scores of the evaluation before the first step, which the file does not hold.
+
+    Raises:
+        DatasetError: the file is missing or holds no metrics.
+    """
+    curves = _read_curves(Path(json_path))
+    for name, score in (start_scores or {}).items():
+        steps, values = curves.get(name, (np.empty(0), np.empty(0)))
+        curves[name] = (np.concatenate([[0], steps]), np.concatenate([[score], values]))
+    panels = _panels(curves)
+    num_rows = math.ceil(len(panels) / _NUM_COLUMNS)
+    figure = Figure(figsize=(4.2 * _NUM_COLUMNS, 2.9 * num_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    last_step = max(steps[-1] for steps, _ in curves.values())
+    for index, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(num_rows, _NUM_COLUMNS, index + 1)
+        _draw(axes, {name: curves[name] for name in names}, title=title, last_step=last_step)
+    figure.savefig(png_path, dpi=110)
+
+
+def _read_curves(path: Path) -> dict[str, Curve]:
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such metrics file")
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    for values in read_metrics(path):
+        step = values.pop("iteration") + 1
+        for name, value in values.items():
+            steps, numbers = points.setdefault(name, ([], []))
+            steps.append(step)
+            numbers.append(math.nan if value is None else value)
+    if not points:
+        raise DatasetError(f"{path}: holds no metrics to draw")
+    return {name: (np.asarray(steps), np.asarray(numbers, dtype=float)) for name, (steps, numbers) in points.items()}
+
+
+def _panels(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
+    """Sort the curves into panels: title to names."""
+    groups = {
+        "total loss": ["total_loss"],
+        "loss terms": [name for name in curves if name.endswith("_loss") and name != "total_loss"],
+        "k-NN accuracy, %": [name for name in curves if name.startswith("knn")],
+        "norm of the centres": [name for name in curves if name.endswith("center_norm")],
+        "learning rate": ["lr", "last_layer_lr"],
+    }
+    panels = {title: present for title, names in groups.items() if (present := [n for n in names if n in curves])}
+    for name, title in _OWN_PANEL.items():
+        if name in curves:
+            panels.setdefault(title, []).append(name)
+    drawn = {name for names in panels.values() for name in names}
+    return panels | {name: [name] for name in curves if name not in drawn}
+
+
+def _draw(axes: Axes, curves: Mapping[str, Curve], *, title: str, last_step: int) -> None:
+    axes.set_title(title, fontsize=10)
+    for name, curve in curves.items():
+        steps, values = _thin(curve)
+        marker = "o" if len(steps) <= 20 else None
+        axes.plot(steps, values, linewidth=1.2, marker=marker, markersize=3, label=name)
+    if len(curves) > 1:
+        axes.legend(fontsize=7, frameon=False)
+    axes.set_xlim(0, max(last_step, 1))
+    axes.set_xlabel("steps", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _thin(curve: Curve) -> Curve:
+    steps, values = curve
+    if len(steps) <= _MAX_POINTS:
+        return curve
+    stretch = math.ceil(len(steps) / _MAX_POINTS)
+    starts = np.arange(0, len(steps), stretch)
+    counts = np.diff(np.append(starts, len(steps)))
+    return steps[starts], np.add.reduceat(values, starts) / counts

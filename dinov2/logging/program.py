@@ -1,0 +1,89 @@
+"""Run a program's body: errors of the user become one line and an exit code, never a traceback."""
+
+import logging
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+
+from dinov2.distributed.launch_environment import LaunchEnvironment, read_launch_environment
+from dinov2.errors import ConfigError, Dinov2Error
+from dinov2.logging.text_logs import FILE_ONLY
+
+logger = logging.getLogger(__name__)
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+
+def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Call `fn(argv)` and return the exit code of the program.
+
+    With several processes a `ConfigError`, which all of them meet, is shown by rank 0 alone; other errors by every
+    rank that has one, with its number. Errors are also written to the log file; unforeseen ones are raised on.
+
+    Args:
+        fn: returns the exit code.
+        argv: command-line arguments without the program's name; None: those of the process.
+
+    Returns:
+        What `fn` returns or exits with; else an error's own code (1, or 2 for usage and config); 130 after Ctrl-C;
+        1 when the reader of standard output has gone.
+    """
+    try:
+        return fn(argv)
+    except Dinov2Error as error:
+        _report(error)
+        return error.exit_code
+    except SystemExit as error:  # argparse, on --help and on bad usage
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        return 1
+    except Exception:
+        logger.critical("unforeseen error", exc_info=True, extra=FILE_ONLY)
+        raise
+
+
+def _report(error: Dinov2Error) -> None:
+    launch = _launch_environment()
+    message = " ".join(str(error).split())
+    logger.error("%s", message, extra=FILE_ONLY)
+    if isinstance(error, ConfigError):
+        if launch.rank == 0:
+            print(f"error: {message}", file=sys.stderr)
+        return
+    prefix = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+    print(f"error: {prefix}{message}", file=sys.stderr)
+
+
+def _launch_environment() -> LaunchEnvironment:
+    """Ask the launcher, because the process group may be gone or not yet there."""
+    try:
+        return read_launch_environment(os.environ)
+    except ConfigError:  # this may be the very error to report
+        return LaunchEnvironment()
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _is_stdout_closed() -> bool:
+    """Tell whether the reader of standard output has gone, and if so keep Python from complaining at exit."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # captured, or closed by the program itself
+        return False
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return is_closed
