@@ -28,8 +28,8 @@ class TrainConfig(Section):
     OFFICIAL_EPOCH_LENGTH: int | None = 1250  # steps, >= 1; null: images of the dataset // global batch size
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # how the teacher's targets are kept from collapse
     on_bad_image: Literal["error", "skip"] = "error"  # image that cannot be read: stop, or take another
-    # epoch: each image once an epoch, new order each; infinite: one shuffled stream; sharded_infinite: the same for
-    # datasets too large to shuffle in one piece
+    # epoch: each pass over the images in a new order, those behind its last whole batch left out; infinite: passes
+    # follow without a gap, each visits each image once; sharded_infinite: the same without a list of all in memory
     sampler: Literal["epoch", "infinite", "sharded_infinite"] = "sharded_infinite"
     resume: bool = True  # go on from the newest complete checkpoint of output_dir
     resume_path: str | None = None  # checkpoint of another run to go on from; {rank} stands for the rank; null: none
