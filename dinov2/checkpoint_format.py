@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 OTHER_VALUES = "(other values)"  # name under which all that is not a tensor is checksummed
 
 _MANIFEST_SUFFIX = ".manifest.json"
+_NAME = re.compile(r"model_\d{7,}")
 _NUMBERED = re.compile(r"model_(\d{7,})\.manifest\.json")
 _LEFTOVER = re.compile(r"(.+\.rank_\d+\.pth|.+\.manifest\.json|last_checkpoint\.rank_\d+)\.tmp")
 _RANK_FILE = re.compile(r"(?P<name>.+)\.rank_(\d+|\{rank\})\.pth")
@@ -82,6 +83,12 @@ def split_path(path: str | Path) -> tuple[Path, str]:
     if match := _RANK_FILE.fullmatch(path.name):
         return path.parent, match["name"]
     return path.parent, path.name.removesuffix(_MANIFEST_SUFFIX)
+
+
+def is_checkpoint_path(path: str | Path) -> bool:
+    """Say whether a path names a rank-sharded checkpoint, in one of the ways `split_path` knows, by its form alone."""
+    name = Path(path).name
+    return bool(_RANK_FILE.fullmatch(name) or name.endswith(_MANIFEST_SUFFIX) or _NAME.fullmatch(name))
 
 
 def to_plain(value: Any, where: str = "") -> Any:

@@ -165,11 +165,23 @@ def test_leftovers_and_incomplete_ones_are_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["run/model_0000003.rank_1.pth", "run/model_0000003.rank_{rank}.pth", "run/model_0000003.manifest.json"]
+    "path",
+    [
+        "run/model_0000003.rank_1.pth",
+        "run/model_0000003.rank_{rank}.pth",
+        "run/model_0000003.manifest.json",
+        "run/model_0000003",
+    ],
 )
 def test_every_way_to_name_a_checkpoint(path):
     folder, name = files.split_path(path)
-    assert (str(folder), name) == ("run", "model_0000003") == (str(folder), files.split_path("run/model_0000003")[1])
+    assert (str(folder), name) == ("run", "model_0000003")
+    assert files.is_checkpoint_path(path)
+
+
+def test_weights_are_no_checkpoint():
+    assert not files.is_checkpoint_path("run/teacher_checkpoint.pth")
+    assert not files.is_checkpoint_path("model_final.rank_0.safetensors")
 
 
 def test_plain_data_owns_its_memory_and_refuses_what_cannot_be_read_back(tmp_path):
