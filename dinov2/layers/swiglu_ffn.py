@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers.initialisation import init_linear
+from dinov2.layers.layer_scale import scaled_linear
 
 
 class SwiGLUFFN(nn.Module):
@@ -37,13 +38,14 @@ class SwiGLUFFN(nn.Module):
         init_linear(self.w12, generator)
         init_linear(self.w3, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Return [T, D_out] for rows [T, D_in], multiplied by `gamma` [D_out] if given."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return scaled_linear(self.w3, F.silu(gate) * value, gamma)
 
 
 class SwiGLUFFNFused(SwiGLUFFN):
-    """SwiGLU with about the parameters of an MLP of `hidden_features`: two thirds of it, rounded up to a multiple of 8."""
+    """SwiGLU of two thirds of `hidden_features`, rounded up to a multiple of 8: about the parameters of an MLP."""
 
     def __init__(
         self,

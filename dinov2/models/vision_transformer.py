@@ -44,7 +44,7 @@ class DinoVisionTransformer(nn.Module):
         mlp_ratio: width of the feed-forward networks over D.
         qkv_bias, ffn_bias, proj_bias: biases of the linear layers.
         drop_path_rate: stochastic depth, 0 to below 1.
-        drop_path_uniform: the rate holds for every block; otherwise it grows from 0 in the first to the rate in the last.
+        drop_path_uniform: the rate holds for every block; otherwise it grows linearly from 0 in the first block.
         init_values: initial LayerScale factor; None or 0 for no LayerScale.
         ffn_layer: "mlp", "swiglufused" or "swiglu" (the same network as "swiglufused").
         num_register_tokens: registers R.
@@ -134,7 +134,7 @@ class DinoVisionTransformer(nn.Module):
         return names if self.register_tokens is None else names | {"register_tokens"}
 
     def layer_id(self, param_name: str) -> int:
-        """Return a parameter's depth: 0 for tokens and embeddings, i + 1 for block i, `depth` + 1 for the final norm."""
+        """Return a parameter's depth: 0 for tokens and embeddings, i + 1 for block i, `depth` + 1 for the norm."""
         parts = param_name.split(".")
         if parts[0] == "blocks":
             return int(parts[1]) + 1
