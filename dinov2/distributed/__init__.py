@@ -15,6 +15,7 @@ from dinov2.distributed.collectives import (
     broadcast_object,
     broadcast_tensor,
     gather_objects,
+    on_every_rank,
     on_main_first,
 )
 from dinov2.distributed.environment import (
@@ -28,6 +29,7 @@ from dinov2.distributed.environment import (
     get_world_size,
     init,
     is_main_process,
+    launched_world_size,
     shutdown,
 )
 
@@ -53,6 +55,8 @@ __all__ = [
     "get_world_size",
     "init",
     "is_main_process",
+    "launched_world_size",
+    "on_every_rank",
     "on_main_first",
     "shutdown",
 ]

@@ -119,6 +119,24 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def on_every_rank(fn: Callable[[], Any]) -> Any:
+    """Run `fn()` on every rank; if it fails on any, raise the first failing rank's error on all together.
+
+    Raises:
+        Dinov2Error: as raised by `fn`; errors of other kinds are raised on their own rank alone.
+    """
+    result: Any = None
+    error: Dinov2Error | None = None
+    try:
+        result = fn()
+    except Dinov2Error as caught:
+        error = caught
+    for found in all_gather_objects(error):
+        if found is not None:
+            raise found
+    return result
+
+
 def on_main_first(fn: Callable[..., Any], *args: Any) -> Any:
     """Run `fn(*args)` on rank 0 alone and give all ranks its result, or raise its error on all ranks together.
 

@@ -68,6 +68,15 @@ def init(device: str = "auto", *, timeout_s: int = 1800) -> Environment:
     return _environment
 
 
+def launched_world_size() -> int:
+    """Return how many processes the launcher started, before any of them has joined the others.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete or contradict each other.
+    """
+    return read_launch_environment(os.environ).world_size
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one; `init` may be called again afterwards."""
     global _environment

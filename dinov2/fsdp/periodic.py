@@ -43,9 +43,13 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Save if it is time to; called by all ranks after every iteration, counted from 0."""
-        is_last = self.max_iter is not None and iteration >= self.max_iter - 1
-        if is_last or (iteration + 1) % self.period == 0:
+        if self.is_due(iteration):
             self.save_now(iteration, **kwargs)
+
+    def is_due(self, iteration: int) -> bool:
+        """Say whether `step` saves after this iteration."""
+        is_last = self.max_iter is not None and iteration >= self.max_iter - 1
+        return is_last or (iteration + 1) % self.period == 0
 
     def save_now(self, iteration: int, **kwargs: Any) -> None:
         """Save, unless this iteration was just saved, and delete what is no longer wanted.

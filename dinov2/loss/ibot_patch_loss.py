@@ -4,7 +4,6 @@ Shapes: M masked patches on this rank, I images (both global crops), N patches, 
 Source: Zhou et al. 2022, arXiv:2111.07832; the sums and scales of the parents' `iBOTPatchLoss.forward_masked`.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

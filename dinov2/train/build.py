@@ -1,14 +1,20 @@
 """Build the parts of a run from its config: the one place, with `SSLMetaArch`, that reads config keys."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
-from dinov2.configs import Config, batch_size_per_rank
-from dinov2.data import DataAugmentationDINO
+from dinov2.configs import Config, batch_size_per_rank, config_digest, to_dict
+from dinov2.data import DataAugmentationDINO, make_data_loader, make_dataset
+from dinov2.distributed import Environment
 from dinov2.errors import ConfigError
+from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.hub.weights import load_backbone_weights
+from dinov2.logging import MetricLogger
+from dinov2.train.batches import DeviceBatches
 from dinov2.train.param_groups import param_groups
 from dinov2.train.schedules import scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -56,6 +62,46 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
         total_steps=total,
         last_step=min(total, cfg.train.max_steps or total),
         lr=scaled_lr(cfg.optim.base_lr, rule=cfg.optim.scaling_rule, global_batch_size=global_batch),
+    )
+
+
+def build_dataset(cfg: Config, *, output_dir: Path) -> Any:
+    """Open the training images."""
+    return make_dataset(
+        cfg.train.dataset_path,
+        channels=cfg.student.in_chans,
+        cache_dir=cfg.data.cache_dir or str(output_dir / "cache"),
+        max_image_pixels=cfg.data.max_image_pixels,
+    )
+
+
+def build_batches(
+    cfg: Config, dataset: Any, *, plan: RunPlan, env: Environment, samples_seen: int, output_dir: Path
+) -> DeviceBatches:
+    """Build the endless batches of this rank, beginning after the samples that were seen before."""
+    augmentation = build_augmentation(cfg)
+    loader = make_data_loader(
+        dataset,
+        augmentation=augmentation,
+        batch_size=plan.batch_size_per_rank,
+        patch_size=cfg.student.patch_size,
+        num_workers=cfg.train.num_workers,
+        sampler=cfg.train.sampler,
+        seed=cfg.train.seed,
+        start_position=samples_seen,
+        rank=env.rank,
+        world_size=env.world_size,
+        accumulation_steps=plan.accumulation_steps,
+        mask_sample_probability=cfg.ibot.mask_sample_probability,
+        mask_ratio_min_max=cfg.ibot.mask_ratio_min_max,
+        on_bad_image=cfg.train.on_bad_image,
+        pin_memory=env.device.type == "cuda",
+    )
+    return DeviceBatches(
+        iter(loader),
+        augmentation=augmentation,
+        device=env.device,
+        skipped_file=output_dir / "logs" / f"skipped_images.rank{env.rank}.txt",
     )
 
 
@@ -128,3 +174,47 @@ def build_grad_scaler(cfg: Config, *, device: torch.device) -> torch.amp.GradSca
     """Build the loss scaler; it passes values through unless training runs in float16."""
     enabled = compute_dtype(cfg, device=device) == torch.float16 and cfg.compute_precision.grad_scaler
     return torch.amp.GradScaler(device.type, enabled=enabled)
+
+
+def build_checkpointer(
+    cfg: Config,
+    model: SSLMetaArch,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    plan: RunPlan,
+    output_dir: Path,
+) -> PeriodicCheckpointer:
+    """Build what saves and restores the whole state of the run."""
+    checkpointer = FSDPCheckpointer(
+        model,
+        str(output_dir),
+        sharding_strategy=cfg.compute_precision.sharding_strategy,
+        config_text=json.dumps(to_dict(cfg)),
+        config_digest=config_digest(cfg),
+        optimizer=optimizer,
+        scaler=scaler,
+        rng=RngState(),
+    )
+    saving = cfg.checkpointing
+    return PeriodicCheckpointer(
+        checkpointer,
+        saving.period,
+        max_iter=plan.last_step,
+        max_to_keep=saving.max_to_keep,
+        keep_every=saving.keep_every,
+    )
+
+
+def build_metric_logger(cfg: Config, *, plan: RunPlan, start_step: int, output_dir: Path) -> MetricLogger:
+    """Build what records and shows the metrics of every step."""
+    return MetricLogger(
+        output_dir,
+        period_steps=cfg.logging.period_steps,
+        total_steps=plan.last_step,
+        start_step=start_step,
+        tensorboard=cfg.logging.tensorboard,
+        wandb=cfg.logging.wandb,
+        wandb_project=cfg.logging.wandb_project,
+        config=to_dict(cfg),
+    )

@@ -2,11 +2,15 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
-from dinov2.checkpoint_format import save_weights
+import torch
+
+from dinov2.checkpoint_format import write_text
 from dinov2.configs import Config
 from dinov2.distributed import Environment, is_main_process, on_main_first
+from dinov2.errors import CheckpointError
 from dinov2.eval.knn import OnlineKnn
 from dinov2.fsdp import full_state_dict
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -49,7 +53,15 @@ class TeacherEvaluation:
 
 
 def _write(folder: Path, weights: dict, scores: dict[str, float]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(weights, folder / TEACHER_NAME)
-    if scores:
-        (folder / RESULTS_NAME).write_text(json.dumps(scores, indent=2) + "\n")
+    """Write both files so that each appears whole or not at all."""
+    path = folder / TEACHER_NAME
+    temporary = path.with_name(f"{TEACHER_NAME}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, temporary)
+        os.replace(temporary, path)
+        if scores:
+            write_text(folder / RESULTS_NAME, json.dumps(scores, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({str(error).splitlines()[0]}); free some space") from error

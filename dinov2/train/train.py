@@ -7,31 +7,34 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.configs import Config, config_digest, load_config, require_train_dataset, write_config
-from dinov2.data import make_data_loader, make_dataset
-from dinov2.distributed import Environment, on_main_first
+from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset
+from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
-from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
-from dinov2.logging import MetricLogger, plot_training_curves, run_program, setup_logging
+from dinov2.logging import peak_memory_gib, plot_training_curves, run_program, setup_logging
+from dinov2.train.batches import DeviceBatches
 from dinov2.train.build import (
     RunPlan,
-    build_augmentation,
+    build_batches,
+    build_checkpointer,
+    build_dataset,
     build_grad_scaler,
+    build_metric_logger,
     build_model,
     build_optimizer,
     plan_run,
 )
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.param_groups import apply_schedules
-from dinov2.train.schedules import Schedules
+from dinov2.train.resume import resume
+from dinov2.train.run_folder import CURVES_NAME, METRICS_NAME, prepare_output_dir, write_plan
+from dinov2.train.schedules import Schedules, StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stop_signal import StopSignal
 from dinov2.train.update import CancelledSteps, agree, clip_gradients
@@ -71,10 +74,11 @@ def _run(argv: Sequence[str] | None) -> int:
         overrides.append("train.resume=false")
     cfg = load_config(args.config_file, overrides)
     require_train_dataset(cfg)
+    batch_size_per_rank(cfg, world_size=distributed.launched_world_size())
     env = distributed.init(cfg.compute_precision.device)
     try:
         output_dir = Path(cfg.train.output_dir)
-        on_main_first(prepare_output_dir, cfg, args.overwrite)
+        on_main_first(lambda: prepare_output_dir(cfg, overwrite=args.overwrite))
         setup_logging(output_dir, rank=env.rank)
         for note in cfg.notes:
             logger.info("%s", note)
@@ -84,15 +88,150 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool = False) -> int:
-    """Build, resume, loop."""
-    run = Run(cfg, env, output_dir=output_dir)
-    start = run.resume()
+    """Build, resume, loop; returns the exit code.
+
+    Args:
+        cfg: config of the run.
+        env: rank and device of this process.
+        output_dir: folder of the run; exists.
+        eval_only: evaluate the newest checkpoint instead of training.
+
+    Raises:
+        Dinov2Error: settings, data, weights or the run itself do not allow to go on.
+    """
+    dataset = on_every_rank(lambda: build_dataset(cfg, output_dir=output_dir))
+    plan = plan_run(cfg, dataset_size=len(dataset), world_size=env.world_size)
+    evaluate = TeacherEvaluation(cfg, env, output_dir=output_dir)
+    torch.manual_seed(cfg.train.seed + env.rank)  # for stochastic depth; weights and crops have generators of their own
+    model = build_model(cfg, device=env.device)
+    optimizer = build_optimizer(cfg, model)
+    scaler = build_grad_scaler(cfg, device=env.device)
+    schedules = Schedules(cfg, lr=plan.lr, epoch_length=plan.epoch_length)
+    saver = build_checkpointer(cfg, model, optimizer=optimizer, scaler=scaler, output_dir=output_dir, plan=plan)
+    start = resume(cfg, saver.checkpointer, model)
+    _log_start(model, plan=plan, dataset_size=len(dataset), env=env, start_step=start.step)
+    on_main_first(write_plan, plan, output_dir)
+
     if eval_only:
-        run.evaluate(run.model, f"manual_{start - 1}")
+        evaluate(model, f"manual_{max(start.step - 1, 0)}")
         return 0
-    if start == 0 and cfg.evaluation.at_start:
-        run.evaluate(run.model, "start")
-    ...
+    if start.step == 0 and cfg.evaluation.at_start:
+        evaluate(model, "start")
+
+    batches = build_batches(cfg, dataset, plan=plan, env=env, samples_seen=start.samples_seen, output_dir=output_dir)
+    cancelled = CancelledSteps()
+    samples_seen = start.samples_seen
+    with StopSignal() as stop, build_metric_logger(cfg, plan=plan, start_step=start.step, output_dir=output_dir) as log:
+        for step in range(start.step, plan.last_step):
+            started = time.perf_counter()
+            values = schedules[step]
+            apply_schedules(optimizer, values)
+
+            metrics = forward_backward(model, batches, plan=plan, teacher_temp=values.teacher_temp, scaler=scaler)
+            samples_seen += plan.global_batch_size
+
+            scaler.unscale_(optimizer)
+            metrics |= clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
+            verdict = agree(metrics["total_loss"], metrics["grad_norm"], stop=stop.received is not None)
+
+            if verdict.is_finite:
+                scaler.step(optimizer)
+                model.apply_center_updates()
+                model.update_teacher(values.momentum)
+            else:
+                model.discard_center_updates()
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            step_s = time.perf_counter() - started
+            log.record(step, metrics | _schedule_metrics(values) | _speed_metrics(plan, env, step_s, batches.waited_s))
+            cancelled.note(verdict, step=step, loss=metrics["total_loss"], scaler=scaler)
+
+            if _is_due(step, period=cfg.evaluation.eval_period_iterations, last_step=plan.last_step):
+                log.record_scores(step, evaluate(model, f"training_{step}"))
+            if verdict.stop or saver.is_due(step):
+                log.flush()
+                saver.save_now(step, samples_seen=samples_seen)
+            if verdict.stop:
+                logger.info("stopped by %s after iteration %d; start again to go on", stop.received or "a rank", step)
+                break
+    batches.report_skipped()
+    on_main_first(_summarise, evaluate, output_dir)
+    return 0
+
+
+def forward_backward(
+    model: SSLMetaArch,
+    batches: DeviceBatches,
+    *,
+    plan: RunPlan,
+    teacher_temp: float,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Tensor]:
+    """Add up the gradients of one optimiser step; returns the metrics, means over its batches."""
+    batches.reset_clock()
+    share = 1 / plan.accumulation_steps
+    totals: dict[str, Tensor] = {}
+    for _ in range(plan.accumulation_steps):
+        metrics = model.forward_backward(
+            next(batches), teacher_temp=teacher_temp, backprop=lambda loss: scaler.scale(loss * share).backward()
+        )
+        totals = {name: totals.get(name, 0) + value * share for name, value in metrics.items()}
+    return totals
+
+
+def _schedule_metrics(values: StepValues) -> dict[str, float]:
+    return {
+        "lr": values.lr,
+        "last_layer_lr": values.last_layer_lr,
+        "wd": values.wd,
+        "mom": values.momentum,
+        "teacher_temp": values.teacher_temp,
+    }
+
+
+def _speed_metrics(plan: RunPlan, env: Environment, step_s: float, data_s: float) -> dict[str, float]:
+    return {
+        "current_batch_size": plan.global_batch_size,
+        "images_per_s": plan.global_batch_size / step_s,
+        "data_s": data_s,
+        "peak_gib": peak_memory_gib(env.device),
+    }
+
+
+def _is_due(step: int, *, period: int | None, last_step: int) -> bool:
+    """Say whether to evaluate after this step: every `period` steps and after the last; never without a period."""
+    return bool(period) and ((step + 1) % period == 0 or step + 1 == last_step)
+
+
+def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Environment, start_step: int) -> None:
+    num_parameters = sum(param.numel() for param in model.student["backbone"].parameters())
+    logger.info(
+        "dataset_images=%d epoch_steps=%d total_steps=%d global_batch=%d lr=%.3g backbone_parameters=%d "
+        "device=%s ranks=%d dtype=%s",
+        dataset_size,
+        plan.epoch_length,
+        plan.total_steps,
+        plan.global_batch_size,
+        plan.lr,
+        num_parameters,
+        env.device,
+        env.world_size,
+        str(model.autocast_dtype).removeprefix("torch."),
+    )
+    if start_step:
+        logger.info("resuming at step %d of %d", start_step, plan.last_step)
+
+
+def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
+    """Draw the curves and say how the scores changed; for rank 0."""
+    before, after = evaluate.scores_of("start"), evaluate.last_scores
+    if (output_dir / METRICS_NAME).exists():
+        plot_training_curves(output_dir / METRICS_NAME, output_dir / CURVES_NAME, start_scores=before)
+    for name in after:
+        if name in before:
+            gain = after[name] - before[name]
+            logger.info("%s start=%.2f end=%.2f gain=%+.2f", name, before[name], after[name], gain)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Clip gradients per sub-module and decide, on all ranks together, whether the step may be taken."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,12 @@ class CancelledSteps:
     def __init__(self) -> None:
         self.in_a_row = 0
 
-    def note(self, verdict: Verdict, *, step: int, loss: Tensor, expected: bool) -> None:
+    def note(self, verdict: Verdict, *, step: int, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
         """Take note of a step.
 
         Args:
             loss: this rank's loss, 0-dim.
-            expected: gradients overflowed because the float16 loss scale is still being found.
+            scaler: while it can lower its scale, overflowing gradients in float16 are no failure.
 
         Raises:
             TrainingError: three steps in a row had a non-finite loss or gradient.
@@ -63,11 +64,10 @@ class CancelledSteps:
         if verdict.is_finite:
             self.in_a_row = 0
             return
-        if expected:
+        bad = [str(rank) for rank, value in enumerate(all_gather_objects(loss.item())) if not math.isfinite(value)]
+        if scaler.is_enabled() and not bad and scaler.get_scale() > 1:
             return
         self.in_a_row += 1
-        values = all_gather_objects(loss.item())
-        bad = [str(rank) for rank, value in enumerate(values) if not torch.isfinite(torch.tensor(value))]
         where = f"the loss on rank {', '.join(bad)}" if bad else "the gradients"
         if self.in_a_row >= _MAX_CANCELLED_IN_A_ROW:
             raise TrainingError(

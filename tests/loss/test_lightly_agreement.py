@@ -20,7 +20,6 @@ def test_koleo():
 
 
 def test_sinkhorn():
-    from lightly.models.modules.center import Center  # noqa: F401  (the package's layout, so that a move is noticed)
     from lightly.loss.swav_loss import sinkhorn as reference
 
     scores = logits(12, 6, seed=1)

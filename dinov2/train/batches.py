@@ -1,0 +1,77 @@
+"""Batches on the device: takes them from the loader, runs the second half of the augmentation, notes bad images."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2.data import DataAugmentationDINO
+from dinov2.distributed import all_gather_objects
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceBatches:
+    """Endless finished batches of this rank.
+
+    Args:
+        batches: raw batches of the loader.
+        augmentation: its second half runs here.
+        device: where the batches go.
+        skipped_file: each replaced image's path is added to it once, a line each.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[dict[str, Any]],
+        *,
+        augmentation: DataAugmentationDINO,
+        device: torch.device,
+        skipped_file: Path,
+    ) -> None:
+        self.waited_s = 0.0  # since `reset_clock`
+        self._batches = batches
+        self._augmentation = augmentation
+        self._device = device
+        self._skipped_file = skipped_file
+        self._skipped: set[str] = set()
+
+    def __next__(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.waited_s += time.perf_counter() - started
+        self._note_skipped(batch.pop("skipped"))
+        seeds = batch.pop("seeds")  # stays on the CPU, where random numbers are drawn
+        moved = {
+            name: value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        return self._augmentation.finish(moved, seeds)
+
+    def reset_clock(self) -> None:
+        """Start counting the time spent waiting for the loader anew."""
+        self.waited_s = 0.0
+
+    def report_skipped(self) -> None:
+        """Log how many images could not be read; called by all ranks at the end."""
+        everywhere = set().union(*all_gather_objects(sorted(self._skipped)))
+        if everywhere:
+            logger.warning(
+                "%d images could not be read and were replaced; they are listed in %s",
+                len(everywhere),
+                self._skipped_file.parent / "skipped_images.rank*.txt",
+            )
+
+    def _note_skipped(self, paths: list[str]) -> None:
+        new = sorted(set(paths) - self._skipped)
+        if not new:
+            return
+        self._skipped.update(new)
+        for path in new:
+            logger.warning("skipped unreadable image %s", path)
+        with open(self._skipped_file, "a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{path}\n" for path in new)
