@@ -91,12 +91,6 @@ def is_checkpoint_path(path: str | Path) -> bool:
     return bool(_RANK_FILE.fullmatch(name) or name.endswith(_MANIFEST_SUFFIX) or _NAME.fullmatch(name))
 
 
-def is_checkpoint_path(path: str | Path) -> bool:
-    """Say whether a path names a rank-sharded checkpoint, in one of the forms that `split_path` takes."""
-    name = Path(path).name
-    return any(pattern.fullmatch(name) for pattern in (_RANK_FILE, _NUMBERED, _NAME))
-
-
 def to_plain(value: Any, where: str = "") -> Any:
     """Copy nested data into what a rank file may hold: tensors on the CPU that own their memory, plain containers.
 

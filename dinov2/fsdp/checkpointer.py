@@ -20,6 +20,7 @@ from dinov2.distributed import (
     get_rank,
     get_world_size,
     is_main_process,
+    on_every_rank,
     on_main_first,
 )
 from dinov2.errors import CheckpointError
@@ -207,8 +208,8 @@ class FSDPCheckpointer(Checkpointer):
     def _load(self, folder: Path, *, name: str, keys: Mapping[str, Any] | list[str]) -> dict[str, Any]:
         manifest = on_main_first(files.open_checkpoint, folder, name)
         self._check_running(manifest)
-        data = self._agreed(lambda: files.read_rank_file(folder, manifest, get_rank()))
-        self._agreed(lambda: self._restore(data, name=name, keys=keys))
+        data = on_every_rank(lambda: files.read_rank_file(folder, manifest, get_rank()))
+        on_every_rank(lambda: self._restore(data, name=name, keys=keys))
         if is_main_process():
             logger.info("loaded %s, saved after iteration %d", folder / name, manifest.iteration)
             if self.config_digest and manifest.config_digest != self.config_digest:
@@ -228,18 +229,6 @@ class FSDPCheckpointer(Checkpointer):
                 item.load_state_dict(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(f"{name}: the state of {key} does not fit: {error}") from error
-
-    def _agreed(self, step: Callable[[], Any]) -> Any:
-        """Run one step of a load on every rank; if it fails on any, raise the first rank's error on all."""
-        result, error = None, None
-        try:
-            result = step()
-        except CheckpointError as caught:
-            error = caught
-        errors = [found for found in all_gather_objects(error) if found is not None]
-        if errors:
-            raise errors[0]
-        return result
 
     def _check_running(self, manifest: files.Manifest) -> None:
         same_strategy = manifest.sharding_strategy == self.sharding_strategy or manifest.world_size == 1

@@ -26,6 +26,16 @@ def collect_all():
             distributed.on_main_first(fn)
         except (ConfigError, TrainingError, KeyError) as error:
             errors.append(f"{type(error).__name__}: {error}")
+
+    def broken_on_the_last_rank():
+        if rank == 1:
+            raise ConfigError("rank 1 sees no folder")
+        return rank
+
+    try:
+        distributed.on_every_rank(broken_on_the_last_rank)
+    except ConfigError as error:
+        errors.append(str(error))
     distributed.barrier()
     return {
         "sum": distributed.all_reduce_sum(mine),
@@ -43,6 +53,7 @@ def collect_all():
         "gathered": distributed.gather_objects(rank),
         "all_gathered": distributed.all_gather_objects(f"rank {rank}"),
         "on_main_first": distributed.on_main_first(lambda base: base + rank, 5),
+        "on_every_rank": distributed.on_every_rank(lambda: rank + 5),
         "errors": errors,
         "ranks": [rank, distributed.get_world_size(), distributed.get_local_rank(), distributed.get_local_world_size()],
     }
@@ -69,10 +80,16 @@ def test_collectives_agree_on_two_processes():
     assert torch.equal(first["gradient"], torch.full((1, 2), 6.0))
     assert torch.equal(second["gradient"], torch.full((1, 2), 12.0))
     assert first["gathered"] == [0, 1] and second["gathered"] is None
-    assert first["errors"] == ["ConfigError: train.dataset_path: no such folder", "KeyError: 'x'"]
+    assert first["on_every_rank"] == 5 and second["on_every_rank"] == 6
+    assert first["errors"] == [
+        "ConfigError: train.dataset_path: no such folder",
+        "KeyError: 'x'",
+        "rank 1 sees no folder",
+    ]
     assert second["errors"] == [
         "ConfigError: train.dataset_path: no such folder",
         "TrainingError: rank 0 failed: KeyError: 'x'",
+        "rank 1 sees no folder",
     ]
     assert first["ranks"] == [0, 2, 0, 2] and second["ranks"] == [1, 2, 1, 2]
 
@@ -92,6 +109,7 @@ def test_one_process_gets_its_input_back():
     assert distributed.gather_objects("x") == ["x"]
     assert distributed.all_gather_objects("x") == ["x"]
     assert distributed.on_main_first(max, 2, 3) == 3
+    assert distributed.on_every_rank(lambda: 4) == 4
     distributed.barrier()
     assert distributed.is_main_process() and distributed.get_global_size() == 1 and distributed.get_global_rank() == 0
 

@@ -61,6 +61,12 @@ def test_torchrun_variables_win_over_slurm_ones():
     assert found.init_method == "env://"
 
 
+def test_the_number_of_processes_is_known_before_they_meet(environment_of):
+    environment_of(TORCHRUN)
+    assert distributed.launched_world_size() == 8
+    assert distributed.get_world_size() == 1
+
+
 def test_a_slurm_step_needs_no_torchrun():
     found = read_launch_environment(SLURM)
     assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (5, 6, 1, 2)

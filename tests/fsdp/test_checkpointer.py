@@ -213,6 +213,7 @@ def test_retention_goes_on_after_resume(tmp_path):
     (tmp_path / "model_0000000.rank_0.pth").touch()  # deletion was interrupted here
     resumed = Run(tmp_path, max_iter=7, **options | {"period": 2})
     resumed.resume()
+    assert [iteration for iteration in range(8) if resumed.periodic.is_due(iteration)] == [1, 3, 5, 6, 7]
     resumed.train(7)
     kept = ["model_0000003", "model_0000005", "model_0000006"]
     assert checkpoint_format.find_checkpoints(tmp_path) == kept
