@@ -2,9 +2,15 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
+
+from dinov2.distributed import is_main_process
+
+T = TypeVar("T")
 
 logger = logging.getLogger("dinov2.train")
 
@@ -17,6 +23,7 @@ _SHOWN = (
     ("peak_gib", "peak_gib", "last", ".1f"),
 )
 _ON_BAR = ("loss", "lr", "images_per_s")
+_LINE_PERIOD_S = 30
 
 
 class Progress:
@@ -58,3 +65,16 @@ def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
         if values:
             shown[name] = format(sum(values) / len(values) if how == "mean" else values[-1], form)
     return shown
+
+
+def track(items: Sequence[T], *, description: str) -> Iterator[T]:
+    """Yield the items and show how far it is: a bar on a terminal, elsewhere a line each half minute; on rank 0."""
+    if sys.stderr.isatty() and is_main_process():
+        yield from tqdm(items, desc=description, dynamic_ncols=True, file=sys.stderr, leave=False)
+        return
+    shown_s = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - shown_s > _LINE_PERIOD_S and is_main_process():
+            shown_s = time.monotonic()
+            logging.getLogger("dinov2.eval").info("%s done=%d of=%d", description, done, len(items))
+        yield item

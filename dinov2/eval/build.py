@@ -1,0 +1,100 @@
+"""Build what an evaluation needs from the config: datasets, backbone, precision."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2.configs import Config
+from dinov2.data import make_classification_eval_transform, make_dataset
+from dinov2.data.augmentations import normalization
+from dinov2.errors import ConfigError
+from dinov2.hub.weights import load_backbone_weights
+from dinov2.models import DinoVisionTransformer, build_model
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset and the string that named it."""
+
+    name: str
+    dataset: Any
+
+
+def build_datasets(cfg: Config) -> tuple[NamedDataset, NamedDataset]:
+    """Open the training and the validation set of k-NN, with the deterministic transform of evaluations.
+
+    Raises:
+        ConfigError: a set is not named, or its string is wrong.
+        DatasetError: its files are missing.
+    """
+    knn, augmentation = cfg.evaluation.knn, cfg.augmentation
+    size = knn.image_size_px or cfg.crops.global_crops_size
+    mean, std = normalization(cfg.student.in_chans, mean=augmentation.mean, std=augmentation.std)
+    transform = make_classification_eval_transform(round(size * knn.resize_ratio), size, mean, std)
+    return (
+        _open("train_dataset_path", knn.train_dataset_path, cfg=cfg, transform=transform),
+        _open("val_dataset_path", knn.val_dataset_path, cfg=cfg, transform=transform),
+    )
+
+
+def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> NamedDataset:
+    option = "--" + key.removesuffix("_path").replace("_", "-")
+    if not dataset_str:
+        raise ConfigError(
+            f"evaluation.knn.{key} ({option}) is not set; name labelled images, e.g. ImageFolder:root=photos"
+        )
+    dataset = make_dataset(
+        dataset_str,
+        channels=cfg.student.in_chans,
+        cache_dir=cfg.data.cache_dir or str(Path(cfg.train.output_dir) / "cache"),
+        max_image_pixels=cfg.data.max_image_pixels,
+        transform=transform,
+    )
+    return NamedDataset(dataset_str, dataset)
+
+
+def build_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device) -> DinoVisionTransformer:
+    """Build the backbone of the config, with the weights of a file, frozen, on the device.
+
+    Raises:
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    student = cfg.student
+    model = build_model(
+        student.arch,
+        embed_dim=student.embed_dim,
+        depth=student.depth,
+        num_heads=student.num_heads,
+        img_size=cfg.crops.global_crops_size,
+        patch_size=student.patch_size,
+        in_chans=student.in_chans,
+        init_values=student.layerscale,
+        ffn_layer=student.ffn_layer,
+        qkv_bias=student.qkv_bias,
+        proj_bias=student.proj_bias,
+        ffn_bias=student.ffn_bias,
+        num_register_tokens=student.num_register_tokens,
+        interpolate_antialias=student.interpolate_antialias,
+        interpolate_offset=student.interpolate_offset,
+        attention_backend=student.attention_backend,
+    )
+    load_backbone_weights(model, weights, checkpoint_key=checkpoint_key)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
+    """Resolve `compute_precision.param_dtype`; auto is bfloat16 on a GPU that has it, else float32."""
+    name = cfg.compute_precision.param_dtype
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
