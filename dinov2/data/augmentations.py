@@ -1,4 +1,4 @@
-"""`DataAugmentationDINO` in two halves: crops and flips of one image in a loader worker, the rest batched on the device.
+"""`DataAugmentationDINO` in two halves: crops and flips of one image on a worker, the rest batched on the device.
 
 Shapes: B images, G = 2 global crops, L local crops, C channels. Crop-major: all first crops, then all second ones.
 Source: recipe and order of DINOv2's class of this name, which took it from BYOL (arXiv:2006.07733).
@@ -29,7 +29,7 @@ _JITTERS = (
     photometric.adjust_hue,
 )
 _ORDERS = torch.tensor(list(permutations(range(len(_JITTERS)))))  # [24, 4]
-_CPU_CHUNK_VALUES = 1 << 19  # values finished at a time on a CPU: 2 MiB, which caches hold
+_CPU_CHUNK_VALUES = 1 << 18  # values finished at a time on a CPU: 1 MiB, which caches hold
 
 
 class DataAugmentationDINO:
@@ -188,12 +188,12 @@ class DataAugmentationDINO:
         out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
         for start in range(0, len(crops), rows_at_once):
             rows = slice(start, start + rows_at_once)
-            out[rows] = self._finish_rows(crops[rows], draws[rows], crop_numbers[rows])
+            images = out[rows].copy_(crops[rows]).div_(torch.iinfo(crops.dtype).max)
+            self._change(images, draws[rows], crop_numbers[rows])
         return out
 
-    def _finish_rows(self, crops: Tensor, draws: Tensor, crop_numbers: Tensor) -> Tensor:
-        """Finish rows [n, C, H, W]; `draws` are their uniform random numbers, on the CPU."""
-        images = crops.float() / torch.iinfo(crops.dtype).max
+    def _change(self, images: Tensor, draws: Tensor, crop_numbers: Tensor) -> None:
+        """Change rows [n, C, H, W] in place; `draws` are their uniform random numbers, on the CPU."""
         jitter, order, grey, blur, sigma, solar, *amounts = draws.unbind(1)
         kind = crop_numbers.clamp(max=_NUM_GLOBAL_CROPS)  # 0, 1: first and second global crop, 2: local
         self._jitter(images, torch.stack(amounts, 1), order, jitter < self.color_jitter_probability)
@@ -205,7 +205,7 @@ class DataAugmentationDINO:
         solarized = solar < torch.tensor(self.solarize_probability)[kind]
         _apply(images, solarized, lambda x: photometric.solarize(x, self.solarize_threshold))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
-        return images.sub_(mean).div_(std)
+        images.sub_(mean).div_(std)
 
     def _jitter(self, images: Tensor, amounts: Tensor, order: Tensor, chosen: Tensor) -> None:
         """Change brightness, contrast, saturation and hue of the chosen rows in place, each row in its own order."""

@@ -18,6 +18,7 @@ from dinov2.data.datasets.decoders import EncodedImage, pil_to_tensor
 _ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height
 _NUM_ATTEMPTS = 10
 _UINT16_MAX = 65535
+_DECODING_MARGIN = 2.0  # an image is decoded this many times finer than its finest crop; as Pillow's `thumbnail`
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def cut_crops(image: EncodedImage | Image.Image | Tensor, boxes: list[CropBox]) 
     """Cut and resize boxes out of one image.
 
     Args:
-        image: an encoded image, which is decoded to no more pixels than the boxes need; a Pillow image of mode L or
+        image: an encoded image, which, if a JPEG, is decoded smaller where no box suffers; a Pillow image of mode L or
             RGB; or a tensor [C, H, W], uint8 or uint16. Left unchanged.
         boxes: in pixels of the full image.
 
@@ -105,7 +106,7 @@ def _draw_rectangle(
 def _decode(image: Any, boxes: list[CropBox]) -> Tensor:
     """Pixels [C, H, W]."""
     if isinstance(image, EncodedImage):
-        return image.to_tensor(reduce=min(box.reduction for box in boxes))
+        return image.to_tensor(reduce=min(box.reduction for box in boxes) / _DECODING_MARGIN)
     if isinstance(image, Image.Image):
         return pil_to_tensor(image)
     return image
@@ -113,7 +114,7 @@ def _decode(image: Any, boxes: list[CropBox]) -> Tensor:
 
 def _cut(pixels: Tensor, box: CropBox, down: float, across: float) -> Tensor:
     """Cut one box out of an image whose sides are `down` and `across` times those the box was drawn for."""
-    top, left = int(box.top * down), int(box.left * across)
+    top, left = min(round(box.top * down), pixels.shape[1] - 1), min(round(box.left * across), pixels.shape[2] - 1)
     bottom = max(top + 1, round((box.top + box.height) * down))
     right = max(left + 1, round((box.left + box.width) * across))
     crop = _resize(pixels[:, top:bottom, left:right], box.size)

@@ -38,15 +38,14 @@ def build_dataset(dataset_str: str, settings: Mapping[str, Any]) -> Any:
     """
     parsed = parse_dataset_str(dataset_str)
     factory = _find(parsed.name)
-    parameters = inspect.signature(factory).parameters
-    keys = [name for name, parameter in parameters.items() if name not in settings and _is_named(parameter)]
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    parameters = _parameters(factory)
+    keys = [name for name in parameters if name not in settings]
     arguments = {name: value for name, value in settings.items() if name in parameters}
     for key, text in parsed.options.items():
         if key not in keys:
             raise ConfigError(f"dataset {parsed.name} has no key {key!r}{nearest(key, keys)}")
-        arguments[key] = _convert(text, hints.get(key, str), f"dataset {parsed.name}: {key}={text}")
-    missing = [key for key in keys if key not in arguments and parameters[key].default is inspect.Parameter.empty]
+        arguments[key] = _convert(text, parameters[key].annotation, f"dataset {parsed.name}: {key}={text}")
+    missing = [key for key in keys if key not in arguments and parameters[key].default is parameters[key].empty]
     if missing:
         raise ConfigError(f"dataset {parsed.name} needs {missing[0]}=...; its keys are {', '.join(keys)}")
     return factory(**arguments)
@@ -85,8 +84,17 @@ def _import(dotted: str) -> Callable[..., Any]:
     return getattr(module, attribute)
 
 
-def _is_named(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a class, with those of its base classes where it passes on all others as `**options`."""
+    constructors = [kind.__init__ for kind in factory.__mro__] if inspect.isclass(factory) else [factory]
+    found: dict[str, inspect.Parameter] = {}
+    for constructor in constructors:
+        parameters = inspect.signature(constructor, eval_str=True).parameters.values()
+        named = [item for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)]
+        found = {item.name: item for item in named if item.name != "self"} | found
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters):
+            break
+    return found
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:

@@ -40,7 +40,9 @@ class EncodedImage:
             raise DatasetError("the file is empty")
         with _unreadable():
             self._image = _open(data, max_image_pixels)
-            self._orientation = self._image.getexif().get(_ORIENTATION_TAG, 1)
+            # Pillow turns TIFF files by itself, size included
+            is_turned = self._image.format == "TIFF"
+            self._orientation = 1 if is_turned else self._image.getexif().get(_ORIENTATION_TAG, 1)
         width, height = self._image.size
         if self._orientation in _TRANSPOSED:
             width, height = height, width
