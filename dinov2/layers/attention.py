@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
 from dinov2.layers.initialisation import init_linear
-from dinov2.layers.layer_scale import scaled_linear
 from dinov2.layers.packing import Layout, split
 
 
@@ -50,10 +49,10 @@ class SelfAttention(nn.Module):
         init_linear(self.qkv, generator)
         init_linear(self.proj, generator)
 
-    def forward(self, x: Tensor, layout: Layout, gamma: Tensor | None = None) -> Tensor:
-        """Return [T, D] for packed tokens [T, D], multiplied by `gamma` [D] if given."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Return [T, D] for packed tokens [T, D]."""
         out = attention(self.qkv(x), layout, num_heads=self.num_heads, backend=self.attention_backend)
-        return scaled_linear(self.proj, out, gamma)
+        return self.proj(out)
 
 
 def attention(qkv: Tensor, layout: Layout, *, num_heads: int, backend: str = "auto") -> Tensor:
@@ -81,40 +80,12 @@ def check_backend(backend: str) -> None:
 
 
 def _sdpa(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    heads = _SplitHeads.apply(qkv, layout, num_heads)
     parts = []
-    for i in range(len(layout)):
-        q, k, v = heads[3 * i : 3 * i + 3]
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, d]
-        parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class _SplitHeads(torch.autograd.Function):
-    """View [T, 3 * D] as q, k, v [B, H, N, d] of every crop size; write their gradients into one matrix.
-
-    Autograd's own chain of split, view and unbind copies the gradient three times; this one, once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.num_heads = layout, num_heads
-        return tuple(_head_views(qkv, layout, num_heads))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        num_rows = sum(num_images * num_tokens for num_images, num_tokens in ctx.layout)
-        out = grads[0].new_empty(num_rows, 3 * ctx.num_heads * grads[0].shape[-1])
-        for view, grad in zip(_head_views(out, ctx.layout, ctx.num_heads), grads, strict=True):
-            view.copy_(grad)
-        return out, None, None
-
-
-def _head_views(qkv: Tensor, layout: Layout, num_heads: int) -> list[Tensor]:
-    views: list[Tensor] = []
     for rows, (num_images, num_tokens) in zip(split(qkv, layout), layout, strict=True):
-        views += rows.view(num_images, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # q, k, v [B, H, N, d]
-    return views
+        q, k, v = rows.view(num_images, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d]
+        out = F.scaled_dot_product_attention(q, k, v)
+        parts.append(out.transpose(1, 2).reshape(num_images * num_tokens, -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _xformers(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:

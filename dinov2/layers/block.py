@@ -69,14 +69,14 @@ class Block(nn.Module):
         if layout is None:
             return self.forward(x.flatten(0, 1), ((x.shape[0], x.shape[1]),)).view_as(x)
         drop_rate = self.drop_path_rate if self.training else 0.0
-        x = add_residual(x, self._attend, layout, drop_rate=drop_rate)
-        return add_residual(x, self._feed_forward, layout, drop_rate=drop_rate)
+        x = add_residual(x, self._attend, layout, gamma=_gamma(self.ls1), drop_rate=drop_rate)
+        return add_residual(x, self._feed_forward, layout, gamma=_gamma(self.ls2), drop_rate=drop_rate)
 
     def _attend(self, x: Tensor, layout: Layout) -> Tensor:
-        return self.attn(self.norm1(x), layout, _gamma(self.ls1))
+        return self.attn(self.norm1(x), layout)
 
     def _feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
-        return self.mlp(self.norm2(x), _gamma(self.ls2))
+        return self.mlp(self.norm2(x))
 
 
 def _gamma(scale: nn.Module) -> Tensor | None:

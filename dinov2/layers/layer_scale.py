@@ -4,7 +4,6 @@ Source: Touvron et al. 2021, arXiv:2103.17239; initial value 1e-5 in DINOv2's tr
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,18 +26,3 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
-
-
-def scaled_linear(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
-    """Return linear(x) * gamma for rows x [T, D_in] and factors [D_out] or None.
-
-    With more rows than inputs the factors are multiplied into the weight instead of the result: less memory is read
-    and written, and the unscaled result need not be kept for the gradient. Not in float16, where such a product
-    underflows.
-    """
-    if gamma is None:
-        return linear(x)
-    if x.shape[0] <= linear.in_features or x.dtype is torch.float16:
-        return linear(x) * gamma
-    bias = None if linear.bias is None else linear.bias * gamma
-    return F.linear(x, linear.weight * gamma[:, None], bias)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.layers.initialisation import init_linear
-from dinov2.layers.layer_scale import scaled_linear
 
 
 class Mlp(nn.Module):
@@ -39,6 +38,5 @@ class Mlp(nn.Module):
         init_linear(self.fc1, generator)
         init_linear(self.fc2, generator)
 
-    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """Return [T, D_out] for rows [T, D_in], multiplied by `gamma` [D_out] if given."""
-        return scaled_linear(self.fc2, self.act(self.fc1(x)), gamma)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers.initialisation import init_linear
-from dinov2.layers.layer_scale import scaled_linear
 
 
 class SwiGLUFFN(nn.Module):
@@ -38,10 +37,9 @@ class SwiGLUFFN(nn.Module):
         init_linear(self.w12, generator)
         init_linear(self.w3, generator)
 
-    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """Return [T, D_out] for rows [T, D_in], multiplied by `gamma` [D_out] if given."""
+    def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return scaled_linear(self.w3, F.silu(gate) * value, gamma)
+        return self.w3(F.silu(gate) * value)
 
 
 class SwiGLUFFNFused(SwiGLUFFN):

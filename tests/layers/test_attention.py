@@ -1,0 +1,88 @@
+"""Attention over packed tokens: equal to a written-out softmax for each image, with its gradient, on every backend."""
+
+import sys
+
+import pytest
+import torch
+
+from dinov2.errors import ConfigError
+from dinov2.layers.attention import SelfAttention, attention
+
+LAYOUT = ((2, 5), (3, 2))
+HEADS = 2
+
+
+def reference(qkv, layout, num_heads):
+    """Attend image by image and head by head."""
+    outputs, start = [], 0
+    for num_images, num_tokens in layout:
+        for _ in range(num_images):
+            q, k, v = qkv[start : start + num_tokens].chunk(3, dim=1)
+            heads = []
+            for qh, kh, vh in zip(*(t.chunk(num_heads, dim=1) for t in (q, k, v)), strict=True):
+                heads.append(torch.softmax(qh @ kh.T * qh.shape[1] ** -0.5, dim=1) @ vh)
+            outputs.append(torch.cat(heads, dim=1))
+            start += num_tokens
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, LAYOUT[:1]])
+def test_equals_softmax_written_out_with_its_gradient(layout):
+    torch.manual_seed(0)
+    rows = sum(b * n for b, n in layout)
+    qkv = torch.randn(rows, 3 * 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(rows, 8, dtype=torch.float64)
+    for function in (attention, reference):
+        out = function(qkv, layout, num_heads=HEADS)
+        (grad,) = torch.autograd.grad((out * weights).sum(), qkv)
+        if function is attention:
+            got = out, grad
+    torch.testing.assert_close(got, (out, grad))
+
+
+def test_gradient_of_a_plain_sum_passes():
+    qkv = torch.randn(16, 12, requires_grad=True)
+    attention(qkv, LAYOUT, num_heads=HEADS).sum().backward()
+    (want,) = torch.autograd.grad(reference(qkv, LAYOUT, HEADS).sum(), qkv)
+    torch.testing.assert_close(qkv.grad, want)
+
+
+def test_heads_that_do_not_divide_the_features_are_named():
+    with pytest.raises(ConfigError, match=r"^embed_dim=10 is not a multiple of num_heads=4$"):
+        SelfAttention(10, num_heads=4)
+
+
+def test_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"^attention_backend=flash: must be one of auto, sdpa, xformers$"):
+        SelfAttention(8, num_heads=2, attention_backend="flash")
+
+
+def test_absent_xformers_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ConfigError) as error:
+        SelfAttention(8, num_heads=2, attention_backend="xformers")
+    assert str(error.value) == (
+        "attention_backend=xformers needs the package xformers; "
+        "run pip install 'dinov2-adapt[xformers]' or use attention_backend=sdpa"
+    )
+
+
+@pytest.mark.gpu
+def test_xformers_agrees_with_sdpa():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("xformers.ops", reason="needs the extra xformers")
+    torch.manual_seed(0)
+    layout = ((4, 197), (16, 37))
+    results = []
+    qkv = torch.randn(sum(b * n for b, n in layout), 3 * 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for backend in ("sdpa", "xformers"):
+        out = attention(qkv, layout, num_heads=2, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), qkv)))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)  # bfloat16 keeps 8 bits
+
+
+def test_biases_can_be_left_out():
+    layer = SelfAttention(8, num_heads=2, qkv_bias=False, proj_bias=False)
+    assert {name for name, _ in layer.named_parameters()} == {"qkv.weight", "proj.weight"}
