@@ -6,6 +6,7 @@ Source: recipe and order of DINOv2's class of this name, which took it from BYOL
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Any
 
@@ -28,6 +29,7 @@ _JITTERS = (
     photometric.adjust_saturation,
     photometric.adjust_hue,
 )
+_NUM_COLOURLESS = 2  # of them act on any number of channels
 _ORDERS = torch.tensor(list(permutations(range(len(_JITTERS)))))  # [24, 4]
 _CPU_CHUNK_VALUES = 1 << 18  # values finished at a time on a CPU: 1 MiB, which caches hold
 
@@ -177,45 +179,75 @@ class DataAugmentationDINO:
             "offsets": (),
         }
 
+    def draw(self, seeds: Tensor, crop_numbers: Tensor) -> "PhotometricDraws":
+        """Draw what `finish` does to crops.
+
+        Args:
+            seeds: of the crops' samples, [B] int64.
+            crop_numbers: [B], 0 and 1 for the global crops of a sample, from 2 on for its local ones.
+
+        Returns:
+            Each row from its seed and crop number alone; on the CPU.
+        """
+        draws = uniforms(seeds.cpu(), crop_numbers.cpu(), count=6 + len(_JITTERS))
+        jitter, order, grey, blur, sigma, solar = draws[:, :6].unbind(1)
+        kind = crop_numbers.cpu().clamp(max=_NUM_GLOBAL_CROPS)  # 0, 1: first and second global crop, 2: local
+        low, high = self.jitter_ranges.unbind(1)
+        return PhotometricDraws(
+            jittered=jitter < self.color_jitter_probability,
+            order=_ORDERS[(order * len(_ORDERS)).long()],
+            factors=draws[:, 6:] * (high - low) + low,
+            greyed=grey < self.grayscale_probability,
+            blurred=blur < torch.tensor(self.blur_probability)[kind],
+            sigmas=sigma * (self.blur_sigma[1] - self.blur_sigma[0]) + self.blur_sigma[0],
+            solarized=solar < torch.tensor(self.solarize_probability)[kind],
+        )
+
     def _finish(self, crops: Tensor, seeds: Tensor, *, first_crop: int) -> Tensor:
         """Finish crops of one size; `first_crop` numbers the first of them among all crops of an image."""
         num_crops = len(crops) // len(seeds)
         crop_numbers = torch.arange(first_crop, first_crop + num_crops).repeat_interleave(len(seeds))  # [rows]
-        draws = uniforms(seeds.cpu().repeat(num_crops), crop_numbers, count=len(_JITTERS) + 6)
-        rows_at_once = len(crops)
+        draws = self.draw(seeds.repeat(num_crops), crop_numbers)
+        rows_at_once = max(1, len(crops))
         if crops.device.type == "cpu":
-            rows_at_once = max(1, _CPU_CHUNK_VALUES // max(1, crops[:1].numel()))
-        out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+            rows_at_once = max(1, _CPU_CHUNK_VALUES // crops[0].numel()) if len(crops) else 1
+        finished = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
         for start in range(0, len(crops), rows_at_once):
             rows = slice(start, start + rows_at_once)
-            images = out[rows].copy_(crops[rows]).div_(torch.iinfo(crops.dtype).max)
-            self._change(images, draws[rows], crop_numbers[rows])
-        return out
+            images = finished[rows].copy_(crops[rows]).div_(torch.iinfo(crops.dtype).max)
+            self._change(images, draws.rows(rows))
+        return finished
 
-    def _change(self, images: Tensor, draws: Tensor, crop_numbers: Tensor) -> None:
-        """Change rows [n, C, H, W] in place; `draws` are their uniform random numbers, on the CPU."""
-        jitter, order, grey, blur, sigma, solar, *amounts = draws.unbind(1)
-        kind = crop_numbers.clamp(max=_NUM_GLOBAL_CROPS)  # 0, 1: first and second global crop, 2: local
-        self._jitter(images, torch.stack(amounts, 1), order, jitter < self.color_jitter_probability)
+    def _change(self, images: Tensor, draws: "PhotometricDraws") -> None:
+        """Change rows [n, C, H, W] in place."""
+        jitters = _JITTERS if self.in_chans == 3 else _JITTERS[:_NUM_COLOURLESS]
+        for turn in range(len(_JITTERS)):
+            for number, jitter in enumerate(jitters):
+                chosen = draws.jittered & (draws.order[:, turn] == number)
+                _apply(images, chosen, jitter, draws.factors[:, number])
         if self.in_chans == 3:
-            _apply(images, grey < self.grayscale_probability, lambda x: photometric.to_grey(x).expand_as(x))
-        low, high = self.blur_sigma
-        blurred = blur < torch.tensor(self.blur_probability)[kind]
-        _apply(images, blurred, photometric.gaussian_blur, sigma * (high - low) + low)
-        solarized = solar < torch.tensor(self.solarize_probability)[kind]
-        _apply(images, solarized, lambda x: photometric.solarize(x, self.solarize_threshold))
+            _apply(images, draws.greyed, lambda x: photometric.to_grey(x).expand_as(x))
+        _apply(images, draws.blurred, photometric.gaussian_blur, draws.sigmas)
+        _apply(images, draws.solarized, lambda x: photometric.solarize(x, self.solarize_threshold))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         images.sub_(mean).div_(std)
 
-    def _jitter(self, images: Tensor, amounts: Tensor, order: Tensor, chosen: Tensor) -> None:
-        """Change brightness, contrast, saturation and hue of the chosen rows in place, each row in its own order."""
-        low, high = self.jitter_ranges.unbind(1)
-        factors = amounts * (high - low) + low  # [n, 4]
-        turns = _ORDERS[(order * len(_ORDERS)).long()]  # [n, 4]: what is done to a row first, second, ...
-        kinds = range(len(_JITTERS)) if self.in_chans == 3 else range(2)
-        for turn in range(len(_JITTERS)):
-            for kind in kinds:
-                _apply(images, chosen & (turns[:, turn] == kind), _JITTERS[kind], factors[:, kind])
+
+@dataclass(frozen=True)
+class PhotometricDraws:
+    """What is done to each of n crops; see the config's section `augmentation` for units."""
+
+    jittered: Tensor  # [n] bool
+    order: Tensor  # [n, 4]: brightness 0, contrast 1, saturation 2, hue 3, in the order of their turns
+    factors: Tensor  # [n, 4]: of brightness, contrast, saturation; turns of hue
+    greyed: Tensor  # [n] bool
+    blurred: Tensor  # [n] bool
+    sigmas: Tensor  # [n], px
+    solarized: Tensor  # [n] bool
+
+    def rows(self, chosen: slice) -> "PhotometricDraws":
+        """Draws of some of the crops."""
+        return PhotometricDraws(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
 def normalization(
