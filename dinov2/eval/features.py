@@ -5,6 +5,7 @@ so the features do not depend on the number of ranks, and no image is counted tw
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,9 +143,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _batches_of_rank(num_images: int, *, batch_size: int) -> list[range]:
     """Every W-th batch, from this rank's number on; the last may be empty, so that all ranks have equally many."""
-    starts = range(
-        get_rank() * batch_size, num_images + (get_world_size() - 1) * batch_size, get_world_size() * batch_size
-    )
+    num_rounds = math.ceil(num_images / (batch_size * get_world_size()))
+    starts = [(number * get_world_size() + get_rank()) * batch_size for number in range(num_rounds)]
     return [range(min(start, num_images), min(start + batch_size, num_images)) for start in starts]
 
 

@@ -1,0 +1,161 @@
+"""`eval/knn.py`, and k-NN while training, on scikit-learn's digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.dist import launch
+
+from dinov2.configs import load_config
+from dinov2.errors import ConfigError, DatasetError
+from dinov2.eval.knn import OnlineKnn, knn_during_training, main
+from dinov2.models import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
+SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
+DATA = ["--train-dataset", "Digits:split=TRAIN", "--val-dataset", "Digits:split=VAL"]
+ONLINE = [
+    "evaluation.knn.train_dataset_path=Digits:split=TRAIN",
+    "evaluation.knn.val_dataset_path=Digits:split=VAL",
+    "evaluation.knn.nb_knn=[5, 10]",
+    "train.num_workers=0",
+]
+CPU = torch.device("cpu")
+
+
+def backbone():
+    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1e-5)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "teacher_checkpoint.pth"
+    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in backbone().state_dict().items()}}, path)
+    return path
+
+
+def arguments(weights, tmp_path, *more):
+    fixed = ["--pretrained-weights", str(weights), *DATA, "--output-dir", str(tmp_path / "out"), "--num-workers", "0"]
+    return [*fixed, *more, *MODEL, *SIZES]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results_eval_knn.json").read_text())
+
+
+def fails_with(capsys, args, *, code):
+    assert main(args) == code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_program_writes_results_and_a_table(weights, tmp_path, capsys):
+    args = arguments(
+        weights, tmp_path, "--n-per-class-list", "-1", "5", "--n-tries", "2", "--nb_knn", "10", "5", "9999"
+    )
+    assert main(args) == 0
+    found = results(tmp_path)
+    assert found["knn_top1_pct"] == found["knn10_top1_pct"] > 30  # chance is 10
+    assert (found["n_train"], found["n_val"], found["n_classes"], found["n_features"]) == (1198, 599, 10, 48)
+    assert [(score["n_per_class"], score["k"]) for score in found["few_shot"]] == [(5, 5)]
+    assert found["weights"] == str(weights) and set(found["versions"]) == {"dinov2-adapt", "torch", "python"}
+    captured = capsys.readouterr()
+    table = captured.out.splitlines()
+    assert table[0] == "k-NN on 1198 training and 599 validation images, 10 classes, 48 features"
+    assert [line.split()[:2] for line in table[2:]] == [["all", "10"], ["all", "5"], ["5", "5"]]
+    assert "k-NN leaves out k=[9999]: Digits:split=TRAIN has only 1198 labelled images" in captured.err
+    assert (tmp_path / "out" / "logs" / "log.txt").is_file()
+
+
+@pytest.mark.dist
+def test_program_gives_the_same_on_two_processes(weights, tmp_path):
+    assert main(arguments(weights, tmp_path)) == 0
+    alone = results(tmp_path)
+    done = launch([str(ROOT / "eval" / "knn.py"), *arguments(weights, tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("k-NN on 1198") == 1
+    assert results(tmp_path) == alone
+
+
+def test_options_stand_for_keys_and_overrule_the_file(weights, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("evaluation: {knn: {nb_knn: [7], temperature: 0.5, batch_size: 64}}\nstudent: {depth: 2}\n")
+    assert main(arguments(weights, tmp_path, "--config-file", str(config))) == 0
+    assert results(tmp_path)["temperature"] == 0.5 and "knn7_top1_pct" in results(tmp_path)
+    more = ["--config", str(config), "--temperature", "0.1", "--nb-knn", "3"]
+    assert main(arguments(weights, tmp_path, *more)) == 0
+    assert results(tmp_path)["temperature"] == 0.1 and "knn7_top1_pct" not in results(tmp_path)
+
+
+def test_online_score_is_that_of_the_program(weights, tmp_path):
+    assert main(arguments(weights, tmp_path, "--nb_knn", "5", "10")) == 0
+    cfg = load_config(None, [*MODEL, *SIZES, *ONLINE, f"train.output_dir={tmp_path}"])
+    scores = OnlineKnn(cfg, device=CPU)(backbone())
+    assert list(scores) == ["knn_top1_pct", "knn5_top1_pct", "knn10_top1_pct"]
+    assert scores == {name: results(tmp_path)[name] for name in scores}
+    assert knn_during_training(backbone(), cfg, device=CPU) == scores
+
+
+def test_online_knn_is_off_without_datasets():
+    assert knn_during_training(backbone(), load_config(None, [*MODEL, *SIZES]), device=CPU) is None
+
+
+def test_a_wrong_path_fails_before_training(tmp_path):
+    keys = [*MODEL, *SIZES, *ONLINE, f"evaluation.knn.val_dataset_path=ImageFolder:root={tmp_path}/none"]
+    with pytest.raises(DatasetError, match="does not exist"):
+        OnlineKnn(load_config(None, keys), device=CPU)
+    keys[-1] = "evaluation.knn.val_dataset_path=Digitz:split=VAL"
+    with pytest.raises(ConfigError, match="Digitz"):
+        OnlineKnn(load_config(None, keys), device=CPU)
+
+
+def test_bad_usage_is_one_sentence_and_code_2(weights, tmp_path, capsys):
+    args = arguments(weights, tmp_path)
+    without = [text for text in args if text not in ("--pretrained-weights", str(weights))]
+    assert fails_with(capsys, without, code=2) == (
+        "error: --pretrained-weights is not given; name the file with the backbone to evaluate"
+    )
+    place = args.index("--val-dataset")
+    # the config's own check speaks first when one of the two is missing
+    assert fails_with(capsys, args[:place] + args[place + 2 :], code=2).startswith("error: evaluation.knn.")
+    start = args.index("--train-dataset")
+    assert fails_with(capsys, args[:start] + args[start + 4 :], code=2) == (
+        "error: evaluation.knn.train_dataset_path (--train-dataset) is not set; "
+        "name labelled images, e.g. ImageFolder:root=photos"
+    )
+    assert fails_with(capsys, [*args, "--n-tries", "0"], code=2) == "error: --n-tries 0: must be at least 1"
+    assert fails_with(capsys, [*args, "--n-per-class-list", "0"], code=2) == (
+        "error: --n-per-class-list 0: must be at least 1, or -1 for all"
+    )
+    assert fails_with(capsys, [*args, "--nb_knn", "0"], code=2).startswith("error: evaluation.knn.nb_knn=[0]: must be")
+    assert fails_with(capsys, [*args, "student.archh=x"], code=2).startswith("error: unknown key student.archh")
+    assert "unrecognized arguments: --frobnicate" in fails_with(capsys, [*args, "--frobnicate"], code=2)
+
+
+def test_an_unwritable_output_folder_is_named(weights, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert fails_with(capsys, arguments(weights, tmp_path), code=2) == (
+        f"error: --output-dir {tmp_path}/out: cannot be written (File exists); choose another"
+    )
+
+
+def test_failures_are_one_sentence_and_code_1(weights, tmp_path, capsys):
+    args = arguments(weights, tmp_path)
+    assert fails_with(capsys, [*args, "student.embed_dim=96"], code=1) == (
+        f"error: {weights}: its embedding has 48 features but the model's has 96; set student.embed_dim=48"
+    )
+    args[1] = str(tmp_path / "none.pth")
+    assert fails_with(capsys, args, code=1) == f"error: {tmp_path}/none.pth: no such file of weights"
+
+
+def test_help_tells_defaults():
+    done = subprocess.run([sys.executable, ROOT / "eval" / "knn.py", "--help"], capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0
+    for part in ("(default 10 20 100 200)", "(default 0.07)", "(default 256)", "default: teacher", "default: -1"):
+        assert part in text
