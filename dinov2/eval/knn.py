@@ -15,13 +15,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import dinov2
 from dinov2 import distributed
 from dinov2.configs import Config, config_digest
 from dinov2.eval.build import build_backbone, build_datasets, compute_dtype
@@ -130,7 +130,7 @@ def _report(result: KnnResult, cfg: Config, *, args: argparse.Namespace) -> Mapp
         "checkpoint_key": args.checkpoint_key,
         "config_digest": config_digest(cfg),
         "versions": {
-            "dinov2-adapt": dinov2.__version__,
+            "dinov2-adapt": version("dinov2-adapt"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
