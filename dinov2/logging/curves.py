@@ -19,15 +19,14 @@ _MAX_POINTS = 1000  # of a curve; longer ones are drawn as means of equal stretc
 _OWN_PANEL = {  # metric: title
     "wd": "weight decay",
     "mom": "teacher momentum",
-    "momentum": "teacher momentum",
     "teacher_temp": "teacher temperature",
     "feature_std": "feature std (0 = collapsed)",
     "teacher_entropy": "teacher entropy, nats",
     "cls_norm": "class token norm",
     "patch_norm": "patch token norm",
-    "grad_norm": "gradient norm",
     "images_per_s": "images/s",
     "data_s": "waiting for data, s",
+    "current_batch_size": "images per step",
     "peak_gib": "peak memory, GiB",
 }
 
@@ -82,6 +81,7 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
         "loss terms": [name for name in curves if name.endswith("_loss") and name != "total_loss"],
         "k-NN accuracy, %": [name for name in curves if name.startswith("knn")],
         "norm of the centres": [name for name in curves if name.endswith("center_norm")],
+        "gradient norm": [name for name in curves if name.startswith("grad_norm")],
         "learning rate": ["lr", "last_layer_lr"],
     }
     panels = {title: present for title, names in groups.items() if (present := [n for n in names if n in curves])}

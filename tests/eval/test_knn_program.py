@@ -1,6 +1,7 @@
 """`eval/knn.py`, and k-NN while training, on scikit-learn's digits."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.dist import launch
 from dinov2.configs import load_config
 from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.knn import OnlineKnn, knn_during_training, main
+from dinov2.logging import setup_logging
 from dinov2.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +33,13 @@ def backbone():
     model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1e-5)
     model.init_weights(torch.Generator().manual_seed(0))
     return model
+
+
+@pytest.fixture(autouse=True)
+def end_logging():
+    yield
+    setup_logging(None, rank=1)  # no file, no console
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
