@@ -50,10 +50,6 @@ class ComputePrecisionConfig(Section):
     def __post_init__(self) -> None:
         self.require("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "auto, cpu, cuda or cuda:N")
         self.require("hybrid_shard_size", (self.hybrid_shard_size or 1) >= 1, "at least 1 rank, or null")
-        if self.device == "cpu" and self.param_dtype == "fp16":
-            raise ConfigError(
-                f"{self.KEY}.param_dtype='fp16' needs a GPU, but {self.KEY}.device='cpu'; use auto, fp32 or bf16"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ The workers hand errors over as values, so that the main process raises the sent
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,8 +61,8 @@ class TrainingLoader:
     def __init__(self, batches: DataLoader[Any]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield batches as `MaskedCollate` makes them.
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
+        """Yield batches as `MaskedCollate` makes them; closing the generator ends the workers.
 
         Raises:
             DatasetError: an image cannot be read, or a worker process died.
@@ -143,7 +143,6 @@ def make_data_loader(
         num_workers=num_workers,
         collate_fn=_CollateOrFail(collate),
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # or the loader would draw its workers' base seed from torch's global one
     )

@@ -1,4 +1,4 @@
-"""Build what an evaluation needs from the config: datasets, backbone, precision."""
+"""Build what evaluation and training need from the config: datasets, backbone, precision."""
 
 import logging
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dinov2.models import DinoVisionTransformer, build_model
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,10 @@ def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> 
     return NamedDataset(dataset_str, dataset)
 
 
-def build_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device) -> DinoVisionTransformer:
-    """Build the backbone of the config, with the weights of a file, frozen, on the device.
-
-    Raises:
-        CheckpointError: the weights cannot be read or do not fit.
-    """
+def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> DinoVisionTransformer:
+    """Build the backbone that the config describes, initialised; with stochastic depth only where it is asked for."""
     student = cfg.student
-    model = build_model(
+    return build_model(
         student.arch,
         embed_dim=student.embed_dim,
         depth=student.depth,
@@ -75,6 +71,8 @@ def build_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: to
         img_size=cfg.crops.global_crops_size,
         patch_size=student.patch_size,
         in_chans=student.in_chans,
+        drop_path_rate=drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
         init_values=student.layerscale,
         ffn_layer=student.ffn_layer,
         qkv_bias=student.qkv_bias,
@@ -85,6 +83,17 @@ def build_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: to
         interpolate_offset=student.interpolate_offset,
         attention_backend=student.attention_backend,
     )
+
+
+def load_frozen_backbone(
+    cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device
+) -> DinoVisionTransformer:
+    """Build the backbone with the weights of a file, for features only, on the device.
+
+    Raises:
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    model = build_backbone(cfg)
     load_backbone_weights(model, weights, checkpoint_key=checkpoint_key)
     return model.requires_grad_(False).eval().to(device)
 
@@ -93,7 +102,7 @@ def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
     """Resolve `compute_precision.param_dtype`; auto is bfloat16 on a GPU that has it, else float32."""
     name = cfg.compute_precision.param_dtype
     if name != "auto":
-        return _DTYPES[name]
+        return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
     has_bf16 = torch.get_device_module(device).is_bf16_supported(including_emulation=False)

@@ -24,7 +24,7 @@ from torch import nn
 
 from dinov2 import distributed
 from dinov2.configs import Config, config_digest
-from dinov2.eval.build import build_backbone, build_datasets, compute_dtype
+from dinov2.eval.build import build_datasets, compute_dtype, load_frozen_backbone
 from dinov2.eval.knn_evaluation import KnnEvaluation, KnnResult
 from dinov2.eval.knn_scores import FULL
 from dinov2.eval.options import (
@@ -102,7 +102,9 @@ def _run(argv: Sequence[str] | None) -> int:
         for note in cfg.notes:
             logger.info("%s", note)
         evaluate = build_evaluation(cfg, device=env.device)
-        backbone = build_backbone(cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=env.device)
+        backbone = load_frozen_backbone(
+            cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=env.device
+        )
         result = evaluate(backbone, n_per_class_list=args.n_per_class_list, n_tries=args.n_tries, show_progress=True)
         if env.rank == 0:
             path = Path(args.output_dir) / RESULTS_NAME

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceBatches:
-    """Endless finished batches of this rank.
+    """Endless finished batches of this rank; a context, because the loader's workers must end before the process does.
 
     Args:
-        batches: raw batches of the loader.
+        batches: raw batches of the loader; closed at the end.
         augmentation: its second half runs here.
         device: where the batches go.
         skipped_file: each replaced image's path is added to it once, a line each.
@@ -27,7 +28,7 @@ class DeviceBatches:
 
     def __init__(
         self,
-        batches: Iterator[dict[str, Any]],
+        batches: Generator[dict[str, Any], None, None],
         *,
         augmentation: DataAugmentationDINO,
         device: torch.device,
@@ -39,6 +40,14 @@ class DeviceBatches:
         self._device = device
         self._skipped_file = skipped_file
         self._skipped: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._batches.close()
 
     def __next__(self) -> dict[str, Any]:
         started = time.perf_counter()

@@ -1,16 +1,19 @@
 """Build the parts of a run from its config: the one place, with `SSLMetaArch`, that reads config keys."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dinov2.configs import Config, batch_size_per_rank, config_digest, to_dict
 from dinov2.data import DataAugmentationDINO, make_data_loader, make_dataset
 from dinov2.distributed import Environment
 from dinov2.errors import ConfigError
+from dinov2.eval.build import DTYPES, compute_dtype
 from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.hub.weights import load_backbone_weights
 from dinov2.logging import MetricLogger
@@ -18,8 +21,6 @@ from dinov2.train.batches import DeviceBatches
 from dinov2.train.param_groups import param_groups
 from dinov2.train.schedules import scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
         last_step=min(total, cfg.train.max_steps or total),
         lr=scaled_lr(cfg.optim.base_lr, rule=cfg.optim.scaling_rule, global_batch_size=global_batch),
     )
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators: stochastic depth uses them; weights and crops have their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def build_dataset(cfg: Config, *, output_dir: Path) -> Any:
@@ -144,18 +152,10 @@ def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
         device,
         strategy=precision.sharding_strategy,
         param_dtype=compute_dtype(cfg, device=device),
-        reduce_dtype=_DTYPES[precision.reduce_dtype],
+        reduce_dtype=DTYPES[precision.reduce_dtype],
         hybrid_shard_size=precision.hybrid_shard_size,
     )
     return model
-
-
-def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
-    """Resolve `compute_precision.param_dtype`; auto is bfloat16 on a GPU that has it, else float32."""
-    name = cfg.compute_precision.param_dtype
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return _DTYPES[name]
 
 
 def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import torch
 
 from dinov2.checkpoint_format import write_text
 from dinov2.configs import Config
-from dinov2.distributed import Environment, is_main_process, on_main_first
+from dinov2.distributed import Environment, on_main_first
 from dinov2.errors import CheckpointError
 from dinov2.eval.knn import OnlineKnn
 from dinov2.fsdp import full_state_dict
@@ -34,6 +34,7 @@ class TeacherEvaluation:
         self.output_dir = output_dir
         configured = cfg.evaluation.knn.train_dataset_path is not None
         self.knn = OnlineKnn(cfg, device=env.device) if configured else None
+        self.last_scores: dict[str, float] = {}
 
     def __call__(self, model: SSLMetaArch, name: str) -> dict[str, float]:
         """Save the teacher and score it; returns scores in percent, equal on all ranks."""
@@ -44,12 +45,13 @@ class TeacherEvaluation:
         if scores:
             shown = " ".join(f"{key}={value:.2f}" for key, value in scores.items())
             logger.info("evaluation=%s %s", name, shown)
+        self.last_scores = scores
         return scores
 
     def scores_of(self, name: str) -> dict[str, float]:
         """Read the scores of an earlier evaluation of this run; empty where there are none. For rank 0."""
         path = self.output_dir / "eval" / name / RESULTS_NAME
-        return json.loads(path.read_text()) if is_main_process() and path.is_file() else {}
+        return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _write(folder: Path, weights: dict, scores: dict[str, float]) -> None:

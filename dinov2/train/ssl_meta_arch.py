@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config
+from dinov2.configs.model_sections import HeadConfig
+from dinov2.eval.build import build_backbone
 from dinov2.fsdp import local_tensor_pairs, shard
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
-from dinov2.models import build_model
 
 _NUM_GLOBAL_CROPS = 2
 
@@ -212,34 +213,14 @@ class SSLMetaArch(nn.Module):
 
 def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
     """Build backbone and heads as the config says; a teacher has no stochastic depth."""
-    student = cfg.student
-    backbone = build_model(
-        student.arch,
-        img_size=cfg.crops.global_crops_size,
-        patch_size=student.patch_size,
-        in_chans=student.in_chans,
-        embed_dim=student.embed_dim,
-        depth=student.depth,
-        num_heads=student.num_heads,
-        drop_path_rate=0.0 if of_teacher else student.drop_path_rate,
-        drop_path_uniform=student.drop_path_uniform,
-        init_values=student.layerscale,
-        ffn_layer=student.ffn_layer,
-        qkv_bias=student.qkv_bias,
-        proj_bias=student.proj_bias,
-        ffn_bias=student.ffn_bias,
-        num_register_tokens=student.num_register_tokens,
-        interpolate_antialias=student.interpolate_antialias,
-        interpolate_offset=student.interpolate_offset,
-        attention_backend=student.attention_backend,
-    )
+    backbone = build_backbone(cfg, drop_path_rate=0.0 if of_teacher else cfg.student.drop_path_rate)
     networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
     if cfg.ibot.separate_head:
         networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
     return networks
 
 
-def _head(in_dim: int, section: object) -> DINOHead:
+def _head(in_dim: int, section: HeadConfig) -> DINOHead:
     """Build a head from the config section `dino` or `ibot`."""
     return DINOHead(
         in_dim,

@@ -29,6 +29,7 @@ from dinov2.train.build import (
     build_model,
     build_optimizer,
     plan_run,
+    seed_global_generators,
 )
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.param_groups import apply_schedules
@@ -102,7 +103,7 @@ def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool
     dataset = on_every_rank(lambda: build_dataset(cfg, output_dir=output_dir))
     plan = plan_run(cfg, dataset_size=len(dataset), world_size=env.world_size)
     evaluate = TeacherEvaluation(cfg, env, output_dir=output_dir)
-    torch.manual_seed(cfg.train.seed + env.rank)  # for stochastic depth; weights and crops have generators of their own
+    seed_global_generators(cfg.train.seed + env.rank)
     model = build_model(cfg, device=env.device)
     optimizer = build_optimizer(cfg, model)
     scaler = build_grad_scaler(cfg, device=env.device)
@@ -118,10 +119,13 @@ def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool
     if start.step == 0 and cfg.evaluation.at_start:
         evaluate(model, "start")
 
-    batches = build_batches(cfg, dataset, plan=plan, env=env, samples_seen=start.samples_seen, output_dir=output_dir)
-    cancelled = CancelledSteps()
     samples_seen = start.samples_seen
-    with StopSignal() as stop, build_metric_logger(cfg, plan=plan, start_step=start.step, output_dir=output_dir) as log:
+    cancelled = CancelledSteps()
+    with (
+        StopSignal() as stop,
+        build_batches(cfg, dataset, plan=plan, env=env, samples_seen=samples_seen, output_dir=output_dir) as batches,
+        build_metric_logger(cfg, plan=plan, start_step=start.step, output_dir=output_dir) as log,
+    ):
         for step in range(start.step, plan.last_step):
             started = time.perf_counter()
             values = schedules[step]

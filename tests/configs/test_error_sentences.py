@@ -187,11 +187,6 @@ def test_unknown_key_of_a_file_names_the_file(tmp_path):
             ["evaluation.knn.val_dataset_path=Digits:split=TEST"],
             "evaluation.knn.val_dataset_path is set but evaluation.knn.train_dataset_path is not; set both or neither",
         ),
-        (
-            ["compute_precision.device=cpu", "compute_precision.param_dtype=fp16"],
-            "compute_precision.param_dtype='fp16' needs a GPU, but compute_precision.device='cpu'; "
-            "use auto, fp32 or bf16",
-        ),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, expected):

@@ -40,7 +40,7 @@ def part_of(batch: dict, rank: int, world_size: int) -> dict:
 
 
 def train_some_steps(strategy: str, overrides: list[str]) -> dict:
-    # With the usual LayerScale of 1e-5, class tokens of different images start so close that KoLeo amplifies float noise.
+    # With the usual LayerScale of 1e-5, class tokens of all images start so close that KoLeo amplifies float noise.
     overrides = [*overrides, "dino.koleo_loss_distributed=true", "student.layerscale=0.5"]
     model = tiny_arch(overrides)
     model.prepare_for_distributed_training(

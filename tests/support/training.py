@@ -1,0 +1,98 @@
+"""A run of a few small steps through the training program, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2.train.train import main
+from support.dist import launch
+
+PROGRAM = Path(__file__).parents[2] / "dinov2" / "train" / "train.py"
+
+TINY_RUN = (
+    "student.arch=vit_tiny",
+    "student.embed_dim=32",
+    "student.depth=2",
+    "student.num_heads=2",
+    "student.patch_size=8",
+    "student.in_chans=1",
+    "student.drop_path_rate=0.2",
+    "student.layerscale=0.1",
+    "dino.head_n_prototypes=32",
+    "dino.head_hidden_dim=32",
+    "dino.head_bottleneck_dim=16",
+    "train.dataset_path=Digits:split=TRAIN",
+    "train.batch_size_per_gpu=12",
+    "train.OFFICIAL_EPOCH_LENGTH=6",
+    "train.num_workers=0",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "optim.freeze_last_layer_epochs=0",
+    "crops.global_crops_size=32",
+    "crops.local_crops_size=16",
+    "crops.local_crops_number=2",
+    "evaluation.eval_period_iterations=null",
+    "evaluation.at_start=false",
+    "logging.period_steps=2",
+    "compute_precision.device=cpu",
+)
+
+
+def train(output_dir: Path, *options: str) -> int:
+    """Run the program in this process; returns its exit code."""
+    return main(["--output-dir", str(output_dir), *TINY_RUN, *options])
+
+
+def start_training(output_dir: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the program in a process of its own."""
+    command = [sys.executable, str(PROGRAM), "--output-dir", str(output_dir), *TINY_RUN, *options]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def train_on_ranks(output_dir: Path, *options: str, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run the program under torchrun."""
+    command = [str(PROGRAM), "--output-dir", str(output_dir), *TINY_RUN, *options]
+    return launch(command, num_processes=num_processes)
+
+
+def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
+    """Read the recorded steps."""
+    return [json.loads(line) for line in (output_dir / "training_metrics.json").read_text().splitlines()]
+
+
+def losses_of(output_dir: Path) -> torch.Tensor:
+    """Read the total losses, [steps], float64."""
+    return torch.tensor([row["total_loss"] for row in metrics_of(output_dir)], dtype=torch.float64)
+
+
+def assert_same_state(first: Path, second: Path, *, name: str, num_ranks: int = 1) -> None:
+    """Compare all that two checkpoints hold but for folder names, bit for bit."""
+    for rank in range(num_ranks):
+        one, two = (torch.load(folder / f"{name}.rank_{rank}.pth", weights_only=True) for folder in (first, second))
+        for part in ("model", "checkpointables", "extra"):
+            _assert_equal(one[part], two[part], where=part)
+
+
+def _assert_equal(one: Any, two: Any, *, where: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            _assert_equal(one[key], two[key], where=f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for index, (left, right) in enumerate(zip(one, two, strict=True)):
+            _assert_equal(left, right, where=f"{where}/{index}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    else:
+        assert one == two, where
+
+
+def values_but_timing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the machine's speed and memory from recorded steps."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_s", "peak_gib")} for row in rows]

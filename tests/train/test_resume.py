@@ -1,0 +1,64 @@
+"""Stopping and resuming changes nothing in the result."""
+
+import pytest
+import torch
+from support.training import assert_same_state, metrics_of, train, train_on_ranks, values_but_timing
+
+LAST = "model_0000005"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.num_workers=0"],
+        ["train.num_workers=2", "train.centering=sinkhorn_knopp", "ibot.separate_head=true"],
+        ["optim.gradient_accumulation_steps=2", "optim.optimizer=sgd", "train.sampler=epoch"],
+        ["compute_precision.param_dtype=fp16", "train.sampler=infinite"],
+    ],
+    ids=["plain", "workers", "accumulation", "fp16"],
+)
+def test_six_steps_equal_three_a_stop_and_three_more(tmp_path, options):
+    assert train(tmp_path / "whole", *options) == 0
+    assert train(tmp_path / "parts", *options, "train.max_steps=3") == 0
+    torch.manual_seed(123)  # what a new process starts with must not matter
+    assert train(tmp_path / "parts", *options) == 0
+    assert_same_state(tmp_path / "whole", tmp_path / "parts", name=LAST)
+    whole, parts = (values_but_timing(metrics_of(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole == parts and [row["iteration"] for row in whole] == list(range(6))
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    for workers in (0, 2):
+        assert train(tmp_path / str(workers), f"train.num_workers={workers}", "train.max_steps=3") == 0
+    assert_same_state(tmp_path / "0", tmp_path / "2", name="model_0000002")
+
+
+def test_evaluating_changes_nothing(tmp_path):
+    knn = "evaluation.knn.train_dataset_path=Digits:split=VAL", "evaluation.knn.val_dataset_path=Digits:split=VAL"
+    assert train(tmp_path / "plain") == 0
+    assert train(tmp_path / "scored", *knn, "evaluation.eval_period_iterations=2", "evaluation.at_start=true") == 0
+    assert_same_state(tmp_path / "plain", tmp_path / "scored", name=LAST)
+    evaluated = sorted(path.name for path in (tmp_path / "scored" / "eval").iterdir())
+    assert evaluated == ["start", "training_1", "training_3", "training_5"]
+
+
+def test_the_samples_of_a_new_batch_size_follow_those_already_seen(tmp_path):
+    assert train(tmp_path, "train.max_steps=2") == 0
+    assert train(tmp_path, "train.batch_size_per_gpu=6", "train.max_steps=4") == 0
+    saved = torch.load(tmp_path / "model_0000003.rank_0.pth", weights_only=True)
+    assert saved["extra"]["samples_seen"] == 2 * 12 + 2 * 6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("workers", "strategy"), [(0, "FULL_SHARD"), (2, "SHARD_GRAD_OP")])
+def test_two_processes_resume_bit_for_bit(tmp_path, workers, strategy):
+    options = [
+        f"train.num_workers={workers}",
+        f"compute_precision.sharding_strategy={strategy}",
+        "train.batch_size_per_gpu=6",
+    ]
+    for folder, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
+        done = train_on_ranks(tmp_path / folder, *options, f"train.max_steps={steps}")
+        assert done.returncode == 0, done.stderr
+    assert_same_state(tmp_path / "whole", tmp_path / "parts", name=LAST, num_ranks=2)
+    assert (tmp_path / "parts" / "logs" / "log.txt.rank1").exists()
