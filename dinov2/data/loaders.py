@@ -4,6 +4,7 @@ The workers hand errors over as values, so that the main process raises the sent
 """
 
 import signal
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,18 +68,10 @@ class TrainingLoader:
         Raises:
             DatasetError: an image cannot be read, or a worker process died.
         """
-        try:
-            for batch in self._batches:
-                if isinstance(batch, _Failure):
-                    raise batch.error
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DatasetError(
-                "a loader worker process was killed, mostly for lack of memory or of shared memory (/dev/shm); "
-                "lower train.num_workers or train.batch_size_per_gpu"
-            ) from error
+        for batch in iterate_and_end_workers(self._batches, batch_size_key="train.batch_size_per_gpu"):
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
 
 
 def make_data_loader(
@@ -147,6 +140,31 @@ def make_data_loader(
         generator=torch.Generator(),  # or the loader would draw its workers' base seed from torch's global one
     )
     return TrainingLoader(batches)
+
+
+def iterate_and_end_workers(loader: DataLoader[Any], *, batch_size_key: str) -> Generator[Any, None, None]:
+    """Yield the batches of a loader; its workers have ended when this is closed or fails, however that comes about.
+
+    PyTorch ends them when the loader's iterator is freed. The traceback of an error would keep it alive until the end
+    of the process, which then waits for workers that nobody has told to end.
+
+    Args:
+        loader: with or without workers, which use `prepare_worker`.
+        batch_size_key: config key to name when a worker was killed.
+
+    Raises:
+        DatasetError: a worker process died.
+    """
+    try:
+        yield from loader
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise DatasetError(
+                "a loader worker process was killed, mostly for lack of memory or of shared memory (/dev/shm); "
+                f"lower train.num_workers or {batch_size_key}"
+            ) from error
+        raise
 
 
 def prepare_worker(worker_id: int) -> None:

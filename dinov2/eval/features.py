@@ -7,7 +7,7 @@ so the features do not depend on the number of ranks, and no image is counted tw
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2.data.loaders import prepare_worker
+from dinov2.data.loaders import iterate_and_end_workers, prepare_worker
 from dinov2.distributed import all_gather_objects, all_gather_varlen, all_reduce_sum, get_rank, get_world_size
 from dinov2.errors import CheckpointError, DatasetError, Dinov2Error
 from dinov2.logging.progress import track
@@ -112,10 +112,10 @@ def extract_local_features(
         generator=torch.Generator(),  # or the loader would draw from torch's global random state
     )
     parts, skipped = [], []
-    with evaluation_mode(model), torch.no_grad():
-        loaded = iter(loader)
+    loaded = iterate_and_end_workers(loader, batch_size_key="evaluation.knn.batch_size")
+    with evaluation_mode(model), torch.no_grad(), closing(loaded):
         for batch in batches if description is None else track(batches, description=description):
-            samples = _load(loaded) if len(batch) else _Batch()
+            samples = next(loaded) if len(batch) else _Batch()
             skipped += samples.errors
             shape = _agree(samples, on_bad_image=on_bad_image)
             if shape is None:
@@ -185,18 +185,6 @@ def _collate(samples: list[tuple[int, Any, Any]]) -> _Batch:
         indices=[index for index, _, _ in good],
         errors=errors,
     )
-
-
-def _load(loaded: Iterator[_Batch]) -> _Batch:
-    try:
-        return next(loaded)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DatasetError(
-            "a loader worker process was killed, mostly for lack of memory or of shared memory (/dev/shm); "
-            "lower train.num_workers or evaluation.knn.batch_size"
-        ) from error
 
 
 def _agree(batch: _Batch, *, on_bad_image: str) -> tuple[int, ...] | None:
