@@ -1,5 +1,6 @@
 """Run a program's body: errors of the user become one line and an exit code, never a traceback."""
 
+import errno
 import logging
 import os
 import select
@@ -7,12 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dinov2.distributed.launch_environment import LaunchEnvironment, read_launch_environment
-from dinov2.errors import ConfigError, Dinov2Error
+from dinov2.errors import ConfigError, Dinov2Error, TrainingError
 from dinov2.logging.text_logs import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
@@ -27,7 +29,7 @@ def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] |
 
     Returns:
         What `fn` returns or exits with; else an error's own code (1, or 2 for usage and config); 130 after Ctrl-C;
-        1 when the reader of standard output has gone.
+        1 when the reader of standard output has gone, or the disk is full.
     """
     try:
         return fn(argv)
@@ -43,15 +45,21 @@ def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] |
         if not _is_stdout_closed():
             raise
         return 1
-    except Exception:
-        logger.critical("unforeseen error", exc_info=True, extra=FILE_ONLY)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+            file = f" {error.filename}" if error.filename else ""
+            _report(TrainingError(f"cannot write{file} ({error.strerror}); free some space and start again"))
+            return TrainingError.exit_code
+        if logger.hasHandlers():
+            logger.critical("unforeseen error", exc_info=True, extra=FILE_ONLY)
         raise
 
 
 def _report(error: Dinov2Error) -> None:
     launch = _launch_environment()
     message = " ".join(str(error).split())
-    logger.error("%s", message, extra=FILE_ONLY)
+    if logger.hasHandlers():  # without any, Python itself would show the line a second time
+        logger.error("%s", message, extra=FILE_ONLY)
     if isinstance(error, ConfigError):
         if launch.rank == 0:
             print(f"error: {message}", file=sys.stderr)
