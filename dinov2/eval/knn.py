@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = get_args_parser("knn.py", description="k-NN accuracy of a frozen backbone on labelled images.")
     add_knn_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     check_few_shot_options(args)
     cfg = config_from_options(args)
     env = distributed.init(cfg.compute_precision.device)

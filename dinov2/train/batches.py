@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dinov2.data import DataAugmentationDINO
-from dinov2.distributed import all_gather_objects
+from dinov2.distributed import all_gather_objects, all_reduce_max
+from dinov2.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class DeviceBatches:
         self._augmentation = augmentation
         self._device = device
         self._skipped_file = skipped_file
-        self._skipped: set[str] = set()
+        self._skipped = _read_lines(skipped_file)  # of this run, also before it was resumed
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +52,7 @@ class DeviceBatches:
 
     def __next__(self) -> dict[str, Any]:
         started = time.perf_counter()
-        batch = next(self._batches)
+        batch = self._fetch()
         self.waited_s += time.perf_counter() - started
         self._note_skipped(batch.pop("skipped"))
         seeds = batch.pop("seeds")  # stays on the CPU, where random numbers are drawn
@@ -60,6 +61,18 @@ class DeviceBatches:
             for name, value in batch.items()
         }
         return self._augmentation.finish(moved, seeds)
+
+    def _fetch(self) -> dict[str, Any]:
+        """Take the next batch; an image that one rank cannot read ends all ranks, with the same sentence."""
+        batch: dict[str, Any] = {}
+        failure: DatasetError | None = None
+        try:
+            batch = next(self._batches)
+        except DatasetError as error:
+            failure = error
+        if all_reduce_max(torch.tensor(float(failure is not None))).item():
+            raise next(error for error in all_gather_objects(failure) if error is not None)
+        return batch
 
     def reset_clock(self) -> None:
         """Start counting the time spent waiting for the loader anew."""
@@ -84,3 +97,9 @@ class DeviceBatches:
             logger.warning("skipped unreadable image %s", path)
         with open(self._skipped_file, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{path}\n" for path in new)
+
+
+def _read_lines(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    return set(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())

@@ -42,9 +42,8 @@ class TeacherEvaluation:
         weights = full_state_dict(model.teacher)
         scores = self.knn(model.teacher["backbone"]) if self.knn is not None else {}
         on_main_first(_write, folder, {"teacher": weights}, scores)
-        if scores:
-            shown = " ".join(f"{key}={value:.2f}" for key, value in scores.items())
-            logger.info("evaluation=%s %s", name, shown)
+        shown = "".join(f" {key}={value:.2f}" for key, value in scores.items())
+        logger.info("evaluation=%s teacher=%s%s", name, folder / TEACHER_NAME, shown)
         self.last_scores = scores
         return scores
 

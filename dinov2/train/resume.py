@@ -4,8 +4,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from dinov2.checkpoint_format import is_checkpoint_path
 from dinov2.configs import Config
+from dinov2.distributed import on_every_rank
 from dinov2.errors import CheckpointError
 from dinov2.fsdp import FSDPCheckpointer, load_full_state_dict
 from dinov2.hub.weights import read_weights
@@ -45,16 +48,33 @@ def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> S
     return Start()
 
 
+def require_something_to_evaluate(cfg: Config, start: Start) -> None:
+    """Raise CheckpointError where the weights are random, because no starting point was found."""
+    if start.step == 0 and not (cfg.MODEL.WEIGHTS or cfg.student.pretrained_weights):
+        raise CheckpointError(
+            f"train.output_dir={cfg.train.output_dir} holds no complete checkpoint to evaluate; "
+            f"name the folder of a run, or weights by MODEL.WEIGHTS"
+        )
+
+
 def _start_after(saved: dict) -> Start:
     return Start(step=saved["iteration"] + 1, samples_seen=saved["samples_seen"])
 
 
 def _load_teacher_file(path: str, model: SSLMetaArch) -> None:
-    content = read_weights(Path(path))
-    if not isinstance(content.get("teacher"), dict):
+    state = on_every_rank(lambda: _read_teacher_file(path))
+    try:
+        for networks in (model.student, model.teacher):
+            load_full_state_dict(networks, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.WEIGHTS={path}: {error}") from error
+
+
+def _read_teacher_file(path: str) -> dict[str, Tensor]:
+    state = read_weights(Path(path)).get("teacher")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
-            f"MODEL.WEIGHTS={path}: has no 'teacher' with backbone and heads; "
+            f"MODEL.WEIGHTS={path}: has no 'teacher' with tensors of backbone and heads; "
             f"use student.pretrained_weights for a file that holds a backbone only"
         )
-    for networks in (model.student, model.teacher):
-        load_full_state_dict(networks, content["teacher"])
+    return state

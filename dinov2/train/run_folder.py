@@ -1,7 +1,7 @@
 """The folder of a run: what is in it before the first step, and what `--overwrite` removes."""
 
+import contextlib
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,40 +14,68 @@ CONFIG_NAME = "config.yaml"
 PLAN_NAME = "run_plan.json"
 CURVES_NAME = "training_curves.png"
 METRICS_NAME = "training_metrics.json"
-_MADE_BY_A_RUN = ("model_*.rank_*.pth*", "last_checkpoint.rank_*", METRICS_NAME, PLAN_NAME, CURVES_NAME, CONFIG_NAME)
-_FOLDERS_MADE_BY_A_RUN = ("eval", "logs", "tensorboard")
+_MADE_BY_A_RUN = (
+    "model_*.rank_*.pth*",
+    "last_checkpoint.rank_*",
+    METRICS_NAME,
+    PLAN_NAME,
+    CURVES_NAME,
+    CONFIG_NAME,
+    "eval/*/teacher_checkpoint.pth",
+    "eval/*/results_eval_knn.json",
+    "logs/skipped_images.rank*.txt",
+    "tensorboard/events.out.tfevents.*",
+    "wandb_run_id.txt",
+)
+_FOLDERS_MADE_BY_A_RUN = ("eval/*", "eval", "tensorboard")
 
 
 def prepare_output_dir(cfg: Config, *, overwrite: bool) -> None:
-    """Make the folder and write the resolved config into it; for rank 0.
+    """Make the folder; for rank 0.
 
     Args:
         cfg: config of the run.
-        overwrite: remove the run that is there, where it is not to be resumed.
+        overwrite: a run that is there and not to be resumed may be removed, by `begin_run`.
 
     Raises:
-        ConfigError: the folder cannot be written, or holds a run that is neither resumed nor to be overwritten.
+        ConfigError: the folder cannot be made, or holds a run that is neither resumed nor to be overwritten.
     """
     folder = Path(cfg.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not cfg.train.resume and _holds_run(folder):
-            if not overwrite:
-                raise ConfigError(
-                    f"train.output_dir={folder} holds a run and --no-resume (train.resume=false) would start anew; "
-                    f"add --overwrite to remove it, or choose another folder"
-                )
+        holds_run = _holds_run(folder)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    if holds_run and not cfg.train.resume and not overwrite:
+        raise ConfigError(
+            f"train.output_dir={folder} holds a run and --no-resume (train.resume=false) would start anew; "
+            f"add --overwrite to remove it, or choose another folder"
+        )
+
+
+def begin_run(cfg: Config, plan: RunPlan, folder: Path, *, overwrite: bool) -> None:
+    """Write the resolved config and the numbers that follow from it; for rank 0, once nothing else can fail.
+
+    Args:
+        cfg: config of the run.
+        plan: stored beside it.
+        folder: of the run.
+        overwrite: first remove the run that is there.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        if overwrite:
             _remove_run(folder)
         write_config(cfg, folder / CONFIG_NAME)
+        checkpoint_format.write_text(folder / PLAN_NAME, json.dumps(asdict(plan), indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"train.output_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise _not_writable(folder, error) from error
 
 
-def write_plan(plan: RunPlan, folder: Path) -> None:
-    """Store the numbers that follow from the config beside it; for rank 0."""
-    checkpoint_format.write_text(folder / PLAN_NAME, json.dumps(asdict(plan), indent=2) + "\n")
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"train.output_dir={folder} cannot be written ({error.strerror}); choose another folder")
 
 
 def _holds_run(folder: Path) -> bool:
@@ -55,11 +83,13 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a run writes, and nothing else; manifests first, so that no broken checkpoint is ever valid."""
+    """Remove what a run writes, but its text logs; manifests first, so that no broken checkpoint is ever valid."""
     for name in checkpoint_format.find_checkpoints(folder):
         checkpoint_format.remove_checkpoint(folder, name)
     for pattern in _MADE_BY_A_RUN:
         for path in folder.glob(pattern):
             path.unlink()
-    for name in _FOLDERS_MADE_BY_A_RUN:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in _FOLDERS_MADE_BY_A_RUN:
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # it holds files of the user's own
+                path.rmdir()

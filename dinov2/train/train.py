@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2 import distributed
 from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset
+from dinov2.configs.run_sections import TrainConfig
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
 from dinov2.logging import peak_memory_gib, plot_training_curves, run_program, setup_logging
@@ -32,9 +33,10 @@ from dinov2.train.build import (
     seed_global_generators,
 )
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
-from dinov2.train.resume import resume
-from dinov2.train.run_folder import CURVES_NAME, METRICS_NAME, prepare_output_dir, write_plan
+from dinov2.train.resume import require_something_to_evaluate, resume
+from dinov2.train.run_folder import CURVES_NAME, METRICS_NAME, begin_run, prepare_output_dir
 from dinov2.train.schedules import Schedules, StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stop_signal import StopSignal
@@ -48,14 +50,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train DINOv2 on your own images. Start it with python for one process, torchrun for several.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Without flags a run goes on from the newest complete checkpoint in its folder, if there is one. "
+        "All keys with defaults and units: configs/ssl_default_config.yaml.",
     )
-    parser.add_argument("--config-file", "--config", metavar="F", help="YAML file over the defaults")
-    parser.add_argument("--output-dir", metavar="D", help="folder of the run; stands for train.output_dir")
-    parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="with --no-resume: remove the run in the folder")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the newest checkpoint and end")
-    parser.add_argument("opts", nargs="*", metavar="key=value", help="config keys over the file, e.g. optim.epochs=10")
+    parser.add_argument("--config-file", "--config", metavar="F", help="YAML file over the defaults; default: none")
+    parser.add_argument(
+        "--output-dir",
+        metavar="D",
+        help=f"folder of the run; stands for train.output_dir (default {TrainConfig.output_dir}, this folder)",
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew; refused where the folder holds a run; default: resume"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --no-resume: remove the run that the folder holds, once the new one is ready to start; default: no",
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the newest checkpoint into eval/manual_<iteration> and end; default: train",
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="key=value", help="config keys over the file, e.g. optim.epochs=10; default: none"
+    )
     return parser
 
 
@@ -65,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    args = get_args_parser().parse_args(argv)
+    args = get_args_parser().parse_intermixed_args(argv)
     if args.overwrite and not args.no_resume:
         raise ConfigError("--overwrite removes a run and is only for --no-resume")
+    if args.eval_only and args.no_resume:
+        raise ConfigError("--eval-only evaluates the run that --no-resume would leave aside; give one of them")
     overrides = list(args.opts)
     if args.output_dir is not None:
         overrides.append(f"train.output_dir={args.output_dir}")
@@ -77,18 +98,22 @@ def _run(argv: Sequence[str] | None) -> int:
     require_train_dataset(cfg)
     batch_size_per_rank(cfg, world_size=distributed.launched_world_size())
     env = distributed.init(cfg.compute_precision.device)
+    if env.device.type == "cpu":
+        keep_freed_memory()
     try:
         output_dir = Path(cfg.train.output_dir)
         on_main_first(lambda: prepare_output_dir(cfg, overwrite=args.overwrite))
         setup_logging(output_dir, rank=env.rank)
         for note in cfg.notes:
             logger.info("%s", note)
-        return do_train(cfg, env, output_dir=output_dir, eval_only=args.eval_only)
+        return do_train(cfg, env, output_dir=output_dir, eval_only=args.eval_only, overwrite=args.overwrite)
     finally:
         distributed.shutdown()
 
 
-def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool = False) -> int:
+def do_train(
+    cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool = False, overwrite: bool = False
+) -> int:
     """Build, resume, loop; returns the exit code.
 
     Args:
@@ -96,6 +121,7 @@ def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool
         env: rank and device of this process.
         output_dir: folder of the run; exists.
         eval_only: evaluate the newest checkpoint instead of training.
+        overwrite: remove the run that the folder holds, after everything that can fail at the start.
 
     Raises:
         Dinov2Error: settings, data, weights or the run itself do not allow to go on.
@@ -110,12 +136,17 @@ def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool
     schedules = Schedules(cfg, lr=plan.lr, epoch_length=plan.epoch_length)
     saver = build_checkpointer(cfg, model, optimizer=optimizer, scaler=scaler, output_dir=output_dir, plan=plan)
     start = resume(cfg, saver.checkpointer, model)
-    _log_start(model, plan=plan, dataset_size=len(dataset), env=env, start_step=start.step)
-    on_main_first(write_plan, plan, output_dir)
+    _log_start(model, plan=plan, dataset_size=len(dataset), env=env)
 
     if eval_only:
+        require_something_to_evaluate(cfg, start)
         evaluate(model, f"manual_{max(start.step - 1, 0)}")
         return 0
+    on_main_first(lambda: begin_run(cfg, plan, output_dir, overwrite=overwrite))
+    if start.step >= plan.last_step:
+        logger.info("all %d steps are done; to go on, raise optim.epochs or train.max_steps", plan.last_step)
+    elif start.step:
+        logger.info("resuming at step %d of %d", start.step, plan.last_step)
     if start.step == 0 and cfg.evaluation.at_start:
         evaluate(model, "start")
 
@@ -151,11 +182,12 @@ def do_train(cfg: Config, env: Environment, *, output_dir: Path, eval_only: bool
             log.record(step, metrics | _schedule_metrics(values) | _speed_metrics(plan, env, step_s, batches.waited_s))
             cancelled.note(verdict, step=step, loss=metrics["total_loss"], scaler=scaler)
 
-            if _is_due(step, period=cfg.evaluation.eval_period_iterations, last_step=plan.last_step):
-                log.record_scores(step, evaluate(model, f"training_{step}"))
+            # Before the evaluation, which may take longer than a scheduler waits after its SIGTERM.
             if verdict.stop or saver.is_due(step):
                 log.flush()
                 saver.save_now(step, samples_seen=samples_seen)
+            if _is_due(step, period=cfg.evaluation.eval_period_iterations, last_step=plan.last_step):
+                log.record_scores(step, evaluate(model, f"training_{step}"))
             if verdict.stop:
                 logger.info("stopped by %s after iteration %d; start again to go on", stop.received or "a rank", step)
                 break
@@ -208,7 +240,7 @@ def _is_due(step: int, *, period: int | None, last_step: int) -> bool:
     return bool(period) and ((step + 1) % period == 0 or step + 1 == last_step)
 
 
-def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Environment, start_step: int) -> None:
+def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Environment) -> None:
     num_parameters = sum(param.numel() for param in model.student["backbone"].parameters())
     logger.info(
         "dataset_images=%d epoch_steps=%d total_steps=%d global_batch=%d lr=%.3g backbone_parameters=%d "
@@ -223,8 +255,6 @@ def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Env
         env.world_size,
         str(model.autocast_dtype).removeprefix("torch."),
     )
-    if start_step:
-        logger.info("resuming at step %d of %d", start_step, plan.last_step)
 
 
 def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
