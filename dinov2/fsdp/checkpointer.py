@@ -3,6 +3,7 @@
 All methods are called by all ranks together; they choose, succeed or fail together. Files: `checkpoint_format`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -213,7 +214,8 @@ class FSDPCheckpointer(Checkpointer):
         if is_main_process():
             logger.info("loaded %s, saved after iteration %d", folder / name, manifest.iteration)
             if self.config_digest and manifest.config_digest != self.config_digest:
-                logger.info("the config is not the one that %s was saved with", name)
+                changes = _describe_changes(data["config"], self.config_text)
+                logger.info("the config is not the one that %s was saved with%s", name, changes)
         return data["extra"]
 
     def _restore(self, data: Mapping[str, Any], *, name: str, keys: Mapping[str, Any] | list[str]) -> None:
@@ -239,6 +241,29 @@ class FSDPCheckpointer(Checkpointer):
             f"this run has {_processes(get_world_size())} with {self.sharding_strategy}; "
             "continue with the same number of processes and the same compute_precision.sharding_strategy"
         )
+
+
+def _describe_changes(saved: str, running: str) -> str:
+    """List the keys in which two configs, JSON texts, differ, as the end of a sentence; "" where they are no JSON."""
+    try:
+        before, now = (_flatten(json.loads(text)) for text in (saved, running))
+    except ValueError:
+        return ""
+    changes = [
+        f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    return f": {', '.join(changes)}" if changes else ""
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{path}.{key}" if path else key)
+    return flat
 
 
 def _processes(count: int) -> str:
