@@ -8,12 +8,13 @@ a process of its own for each. FLOPs are those of the matrix products and attent
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from dense_step import dense_forward_backward
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2.configs import load_config
 from dinov2.train.build import build_optimizer
+from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -112,7 +114,9 @@ def measure_memory(args: argparse.Namespace, variant: str, device: torch.device)
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        # Not ru_maxrss, which a new process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
 
 
 def peak_gib(variant: str) -> float:
@@ -131,9 +135,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the forward pass: float32 or bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--default-allocator", action="store_true", help="on a CPU: without keep_freed_memory()")
     parser.add_argument("--memory-of", choices=["ours", "dense"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cpu" and not args.default_allocator:
+        keep_freed_memory()
     if args.memory_of:
         measure_memory(args, args.memory_of, device)
         return

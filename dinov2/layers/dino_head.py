@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_ROWS = 4096  # rows whose product is summed at a time, for the cache
+
+
 class PrototypeLayer(nn.Module):
     """Hold K prototypes as direction and length, under the names that `torch.nn.utils.weight_norm` gave them."""
 
@@ -27,10 +30,28 @@ class PrototypeLayer(nn.Module):
 
     def prototypes(self) -> Tensor:
         """Return the prototypes, [K, D]."""
-        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+        return _WeightNorm.apply(self.weight_v, self.weight_g)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.prototypes())
+
+
+class _WeightNorm(torch.autograd.Function):
+    """w = g * v / |v| row by row; differentiated by hand because K x D temporaries cost more than the arithmetic."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor, g: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        ctx.save_for_backward(v, g, norm)
+        return v * (g / norm)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, d_w: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        v, g, norm = ctx.saved_tensors
+        pairs = zip(d_w.split(_ROWS), v.split(_ROWS), strict=True)
+        along = torch.cat([(left * right).sum(dim=1, keepdim=True) for left, right in pairs])  # [K, 1]
+        d_v = torch.addcmul(d_w, v, along / norm.square(), value=-1).mul_(g / norm)
+        return d_v, along / norm
 
 
 class DINOHead(nn.Module):

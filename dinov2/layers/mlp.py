@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.layers.initialisation import init_linear
+from dinov2.layers.recompute import recomputed
 
 
 class Mlp(nn.Module):
@@ -39,4 +40,7 @@ class Mlp(nn.Module):
         init_linear(self.fc2, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        wide = self.fc1(x)
+        active = self.act(wide)
+        with recomputed(active, lambda: self.act(wide.detach())):
+            return self.fc2(active)

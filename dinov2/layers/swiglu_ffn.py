@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers.initialisation import init_linear
+from dinov2.layers.recompute import recomputed
 
 
 class SwiGLUFFN(nn.Module):
@@ -39,7 +40,9 @@ class SwiGLUFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        active = F.silu(gate) * value
+        with recomputed(active, lambda: F.silu(gate.detach()) * value.detach()):
+            return self.w3(active)
 
 
 class SwiGLUFFNFused(SwiGLUFFN):

@@ -71,26 +71,33 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ):
         num_crops, num_images, _ = features.shape
+        blocks = _blocks(num_crops, num_images, num_prototypes=len(prototypes), device=features.device)
         scaled, weight = (features / temperature).to(dtype), prototypes.to(dtype)
         losses = features.new_zeros(num_crops, num_images, dtype=torch.float32)
         wants_grad = any(ctx.needs_input_grad)
         d_features = torch.zeros_like(features, dtype=torch.float32) if wants_grad else None
-        d_prototypes = torch.zeros_like(prototypes, dtype=torch.float32) if wants_grad else None
+        make = torch.empty_like if blocks else torch.zeros_like  # the first block overwrites it
+        d_prototypes = make(prototypes, dtype=torch.float32) if wants_grad else None
+        room = features.new_empty(2, num_crops * _longest(blocks), len(prototypes), dtype=torch.float32)
 
         with torch.autocast(features.device.type, enabled=False):
-            for start, stop in _blocks(num_crops, num_images, num_prototypes=len(prototypes), device=features.device):
+            for start, stop in blocks:
                 block = scaled[:, start:stop].flatten(0, 1)  # [S * n, D]
                 target = targets(start, stop)  # [S or 1, n, K]
-                log_p = torch.log_softmax((block @ weight.T).float(), dim=-1)  # [S * n, K]
-                log_p = log_p.unflatten(0, (num_crops, stop - start))
-                losses[:, start:stop] = torch.linalg.vecdot(target, log_p).neg_()
+                scores, product = (part[: len(block)].unflatten(0, (num_crops, -1)) for part in room)  # [S, n, K]
+                _product(block, weight.T, out=scores.flatten(0, 1))
+                scores.sub_(scores.amax(dim=-1, keepdim=True))
+                expected = torch.mul(target, scores, out=product).sum(dim=-1)  # [S, n]
+                total = scores.exp_().sum(dim=-1)
+                losses[:, start:stop] = total.log().mul_(mass).sub_(expected)
                 if not wants_grad:
                     continue
-                d_scores = log_p.exp_().mul_(mass).sub_(target).flatten(0, 1).to(dtype)  # without the row's weight
+                d_scores = scores.mul_(mass / total.unsqueeze(-1)).sub_(target)  # without the image's weight
+                d_scores = d_scores.flatten(0, 1).to(dtype)
                 row_weight = weights[start:stop].repeat(num_crops).unsqueeze(1)  # [S * n, 1]
                 d_block = (d_scores @ weight).float().mul_(row_weight / temperature)
                 d_features[:, start:stop] = d_block.unflatten(0, (num_crops, stop - start))
-                _add_product(d_prototypes, d_scores.T, block * row_weight.to(dtype))
+                _add_product(d_prototypes, d_scores.T, block * row_weight.to(dtype), keep=start > 0)
 
         ctx.save_for_backward(d_features, d_prototypes)
         ctx.dtypes = features.dtype, prototypes.dtype
@@ -115,9 +122,23 @@ def _blocks(num_crops: int, num_images: int, *, num_prototypes: int, device: tor
     return list(zip(edges, edges[1:], strict=False))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a float32 total, in place."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
+def _longest(blocks: list[tuple[int, int]]) -> int:
+    return max((stop - start for start, stop in blocks), default=0)
+
+
+def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """Write left @ right into a float32 tensor."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
     else:
+        out.copy_(left @ right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
+    """Add left @ right to a float32 total, in place; unless `keep`, what was there is overwritten."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=1 if keep else 0)
+    elif keep:
         total.add_(left @ right)
+    else:
+        total.copy_(left @ right)
