@@ -1,0 +1,54 @@
+"""The YAML files in configs/ load, and each names keys of this project only."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dinov2.configs import load_config, to_dict
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+
+
+def dotted(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def keys_of(path):
+    return list(dotted(yaml.safe_load(path.read_text(encoding="utf-8"))))
+
+
+def by_name(path):
+    return str(path.relative_to(FOLDER))
+
+
+def test_there_are_example_configs():
+    assert {"ssl_default_config.yaml", "train/image_folder.yaml"} <= {by_name(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_name)
+def test_an_example_config_loads_without_a_note(path):
+    assert load_config(str(path)).notes == ()
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_name)
+def test_an_example_config_names_only_known_keys(path):
+    assert set(keys_of(path)) <= set(dotted(to_dict(load_config(None))))
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "train").glob("*.yaml")), ids=by_name)
+def test_a_training_config_names_its_images_and_its_folder(path):
+    assert {"train.dataset_path", "train.output_dir"} <= set(keys_of(path))
+
+
+def test_commented_keys_of_the_image_folder_config_load(tmp_path):
+    text = (FOLDER / "train" / "image_folder.yaml").read_text(encoding="utf-8")
+    head, _, commented = text.rpartition("  # knn:\n")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{head}  knn:\n{commented.replace('  # ', '  ')}", encoding="utf-8")
+    assert load_config(str(path)).evaluation.knn.nb_knn == (10, 20)
