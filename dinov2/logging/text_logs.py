@@ -32,6 +32,11 @@ class _ConsoleHandler(logging.Handler):
 class _FileHandler(logging.FileHandler):
     """A handler of our own type, so that a second set-up can find and replace it."""
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop a line that a full disk has no room for: the checkpoint or metrics that come next say so."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
 
 def setup_logging(output_dir: str | Path | None, *, rank: int, level: str = "INFO") -> None:
     """Send log records to the rank's file and, on rank 0, to the console; call once, at the start of a program.
