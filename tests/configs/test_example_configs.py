@@ -41,11 +41,6 @@ def test_an_example_config_names_only_known_keys(path):
     assert set(keys_of(path)) <= set(dotted(to_dict(load_config(None))))
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "train").glob("*.yaml")), ids=by_name)
-def test_a_training_config_names_its_images_and_its_folder(path):
-    assert {"train.dataset_path", "train.output_dir"} <= set(keys_of(path))
-
-
 def test_commented_keys_of_the_image_folder_config_load(tmp_path):
     text = (FOLDER / "train" / "image_folder.yaml").read_text(encoding="utf-8")
     head, _, commented = text.rpartition("  # knn:\n")
