@@ -1,0 +1,167 @@
+"""Stopping a run from outside, or by an error, loses no finished step and leaves no process behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from support.training import PROGRAM, TINY_RUN, assert_same_state, metrics_of, train
+
+TIME_LIMIT_S = 60  # for a loaded machine; what is waited for takes a few seconds
+
+SLOW_DATASET = """
+    import os, time
+    from pathlib import Path
+    import numpy as np
+    from PIL import Image
+
+    FOLDER = Path(__file__).parent
+
+
+    class Slow:
+        '''Grey squares; makes a file `reading`, takes its time, and fails at `broken`.'''
+
+        def __init__(self, *, delay_s: float = 0.0, broken: int = -1, channels: int = 1):
+            self.delay_s, self.broken = delay_s, broken
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            time.sleep(self.delay_s)
+            (FOLDER / f"reader_{os.getpid()}").touch()
+            if index == self.broken:
+                raise KeyError("an error that nobody foresaw")
+            return Image.fromarray(np.full((40, 40), 4 * index, dtype=np.uint8)), index % 2
+
+        def get_targets(self):
+            return np.arange(60) % 2
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """Make the class slow_images.Slow known to the processes that a test starts."""
+    (tmp_path / "slow_images.py").write_text(textwrap.dedent(SLOW_DATASET))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def start(folder, *options, launcher=()):
+    command = [sys.executable, *launcher, str(PROGRAM), "--output-dir", str(folder), *TINY_RUN, *options]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end_of(process):
+    """Wait for a process; returns its exit code and what it wrote to standard error."""
+    try:
+        _, errors = process.communicate(timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"still running\n{process.communicate()[1]}") from None
+    return process.returncode, errors
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def has_steps(folder, count):
+    path = folder / "training_metrics.json"
+    return lambda: path.exists() and len(path.read_text().splitlines()) >= count
+
+
+def newest_step(folder):
+    return max(int(path.name[6:13]) for path in folder.glob("model_*.manifest.json"))
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)], ids=["term", "int"])
+def test_a_signal_ends_the_step_saves_and_resuming_gives_the_whole_run(tmp_path, number, workers):
+    options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", f"train.num_workers={workers}"]
+    process = start(tmp_path / "parts", *options)
+    wait_until(has_steps(tmp_path / "parts", 3), process)
+    process.send_signal(number)
+    code, errors = end_of(process)
+    assert code == 0 and "Traceback" not in errors, errors
+    step = newest_step(tmp_path / "parts")
+    assert f"stopped by {number.name} after iteration {step}; start again to go on" in errors
+    assert len(metrics_of(tmp_path / "parts")) == step + 1
+
+    last = f"train.max_steps={step + 3}"
+    assert train(tmp_path / "parts", *options, last) == 0
+    assert train(tmp_path / "whole", *options, last) == 0
+    assert_same_state(tmp_path / "whole", tmp_path / "parts", name=f"model_{step + 2:07d}")
+
+
+@pytest.mark.dist
+def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path):
+    options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", "train.batch_size_per_gpu=6"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(tmp_path, *options, launcher=torchrun)
+    wait_until(has_steps(tmp_path, 2), process)
+    process.terminate()
+    code, errors = end_of(process)
+    assert code != 0  # torchrun's own, which it ends with whenever it is signalled
+    step = newest_step(tmp_path)
+    assert f"stopped by SIGTERM after iteration {step}; start again to go on" in errors
+    assert {path.name for path in tmp_path.glob(f"model_{step:07d}.rank_*")} == {
+        f"model_{step:07d}.rank_{rank}.pth" for rank in range(2)
+    }
+    code, errors = end_of(start(tmp_path, *options, f"train.max_steps={step + 2}", launcher=torchrun))
+    assert code == 0, errors
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == list(range(step + 2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, number, code):
+    dataset = "slow_images.Slow:delay_s=0.1"
+    options = [f"evaluation.knn.{part}_dataset_path={dataset}" for part in ("train", "val")]
+    process = start(tmp_path / "run", *options, "evaluation.at_start=true", "train.num_workers=2")
+    wait_until(lambda: list(tmp_path.glob("reader_*")), process)
+    process.send_signal(number)
+    ended, errors = end_of(process)
+    assert ended == code and "Traceback" not in errors, errors
+    assert not list((tmp_path / "run").glob("model_*"))
+
+
+def test_an_unforeseen_error_in_a_worker_ends_the_process(tmp_path, slow):
+    process = start(tmp_path / "run", "train.dataset_path=slow_images.Slow:broken=7", "train.num_workers=2")
+    code, errors = end_of(process)
+    assert code == 1 and "an error that nobody foresaw" in errors
+
+
+def test_an_unforeseen_error_in_an_evaluation_ends_the_process(tmp_path, slow):
+    dataset = "slow_images.Slow:broken=7"
+    options = [f"evaluation.knn.{part}_dataset_path={dataset}" for part in ("train", "val")]
+    process = start(tmp_path / "run", *options, "evaluation.at_start=true", "train.num_workers=2")
+    code, errors = end_of(process)
+    assert code == 1 and "an error that nobody foresaw" in errors
+
+
+def test_a_killed_run_leaves_no_workers(tmp_path, slow):
+    process = start(tmp_path / "run", "train.dataset_path=slow_images.Slow", "train.num_workers=2", "optim.epochs=1000")
+    wait_until(lambda: len(list(tmp_path.glob("reader_*"))) >= 2, process)
+    workers = {int(path.name.removeprefix("reader_")) for path in tmp_path.glob("reader_*")} - {process.pid}
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
