@@ -75,18 +75,19 @@ def assert_same_state(first: Path, second: Path, *, name: str, num_ranks: int = 
     for rank in range(num_ranks):
         one, two = (torch.load(folder / f"{name}.rank_{rank}.pth", weights_only=True) for folder in (first, second))
         for part in ("model", "checkpointables", "extra"):
-            _assert_equal(one[part], two[part], where=part)
+            assert_equal(one[part], two[part], where=part)
 
 
-def _assert_equal(one: Any, two: Any, *, where: str) -> None:
+def assert_equal(one: Any, two: Any, *, where: str) -> None:
+    """Compare nested data, tensors bit for bit."""
     if isinstance(one, dict):
         assert one.keys() == two.keys(), where
         for key in one:
-            _assert_equal(one[key], two[key], where=f"{where}/{key}")
+            assert_equal(one[key], two[key], where=f"{where}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(two), where
         for index, (left, right) in enumerate(zip(one, two, strict=True)):
-            _assert_equal(left, right, where=f"{where}/{index}")
+            assert_equal(left, right, where=f"{where}/{index}")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, two), where
     else:

@@ -1,0 +1,46 @@
+"""Every setting does something: building, three training steps and an online k-NN read each key."""
+
+import logging
+
+import pytest
+from support.config_reads import recording
+from support.training import TINY_RUN
+
+from dinov2 import distributed
+from dinov2.configs import load_config
+from dinov2.configs.tree import leaves
+from dinov2.logging import setup_logging
+from dinov2.train.train import do_train
+
+# Read by the program before or outside `do_train`, which gets what they say as arguments.
+READ_BY_THE_PROGRAM = {
+    "compute_precision.device",  # `distributed.init`
+    "train.output_dir",  # handed to `do_train`
+}
+KNN = [f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in ("train", "val")]
+RUNS = {
+    "adamw": [*KNN, "evaluation.at_start=true", "ibot.separate_head=true", "train.max_steps=3"],
+    "sgd_fp16": ["optim.optimizer=sgd", "train.max_steps=1", "compute_precision.param_dtype=fp16"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _end_logging():
+    yield
+    setup_logging(None, rank=1)
+    logging.captureWarnings(False)
+
+
+def test_every_key_is_read(tmp_path):
+    read = set(READ_BY_THE_PROGRAM)
+    for name, options in RUNS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        cfg, keys = recording(load_config(None, [*TINY_RUN, *options, f"train.output_dir={folder}"]))
+        env = distributed.init("cpu")
+        try:
+            do_train(cfg, env, output_dir=folder)
+        finally:
+            distributed.shutdown()
+        read |= keys
+    assert sorted(leaves().keys() - read) == []

@@ -1,0 +1,136 @@
+"""Where a run starts: its folder's newest checkpoint, resume_path, MODEL.WEIGHTS, pretrained weights, or at random."""
+
+import pytest
+import torch
+from support.training import metrics_of, train
+
+# Steps that change nothing, so that a checkpoint shows what the run started from.
+STILL = ("optim.base_lr=0", "optim.min_lr=0", "teacher.momentum_teacher=1", "train.centering=sinkhorn_knopp")
+
+
+def state_of(folder, step):
+    return torch.load(folder / f"model_{step:07d}.rank_0.pth", weights_only=True)
+
+
+def network(state, name, part="backbone"):
+    prefix = f"{name}.{part}."
+    return {key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)}
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def is_equal(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A run of four steps with checkpoints after the second and the fourth and its teacher's weights."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    options = ["train.seed=5", "train.max_steps=4", "checkpointing.period=2", "teacher.momentum_teacher=0.5"]
+    assert train(folder, *options, "optim.base_lr=0.1", "evaluation.eval_period_iterations=4") == 0
+    return folder
+
+
+@pytest.fixture
+def teacher_file(other):
+    return other / "eval" / "training_3" / "teacher_checkpoint.pth"
+
+
+def test_the_newest_checkpoint_of_the_folder_wins(tmp_path, other, teacher_file):
+    assert train(tmp_path, "train.max_steps=1") == 0
+    sources = [
+        f"train.resume_path={other}/model_0000001.rank_{{rank}}.pth",
+        f"MODEL.WEIGHTS={teacher_file}",
+        f"student.pretrained_weights={teacher_file}",
+    ]
+    assert train(tmp_path, *sources, "train.max_steps=2", *STILL) == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [0, 1]
+    assert_equal(network(state_of(tmp_path, 1), "student"), network(state_of(tmp_path, 0), "student"))
+
+
+def test_resume_path_restores_the_whole_state(tmp_path, other, teacher_file):
+    options = [f"train.resume_path={other}/model_0000001.rank_{{rank}}.pth", f"MODEL.WEIGHTS={teacher_file}"]
+    options += ["train.seed=5", "teacher.momentum_teacher=0.5", "optim.base_lr=0.1"]
+    assert train(tmp_path, *options, "train.max_steps=4") == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [2, 3]
+    for name in ("student", "teacher"):
+        assert_equal(network(state_of(tmp_path, 3), name), network(state_of(other, 3), name))
+
+
+def test_model_weights_as_teacher_file(tmp_path, other, teacher_file):
+    assert train(tmp_path, f"MODEL.WEIGHTS={teacher_file}", "train.max_steps=1", *STILL) == 0
+    state, given = state_of(tmp_path, 0), torch.load(teacher_file, weights_only=True)["teacher"]
+    for part in ("backbone", "dino_head"):
+        expected = network(state_of(other, 3), "teacher", part)
+        assert_equal(expected, {k.removeprefix(f"{part}."): v for k, v in given.items() if k.startswith(f"{part}.")})
+        for name in ("student", "teacher"):
+            assert_equal(network(state, name, part), expected)
+
+
+def test_model_weights_as_checkpoint(tmp_path, other):
+    assert train(tmp_path, f"MODEL.WEIGHTS={other}/model_0000003.rank_0.pth", "train.max_steps=1", *STILL) == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [0]
+    state, saved = state_of(tmp_path, 0), state_of(other, 3)
+    for name in ("student", "teacher"):
+        assert_equal(network(state, name), network(saved, name))
+    assert not is_equal(network(saved, "student"), network(saved, "teacher"))
+
+
+def test_pretrained_weights_reach_student_and_teacher_and_leave_the_heads_random(tmp_path, teacher_file):
+    assert train(tmp_path / "loaded", f"student.pretrained_weights={teacher_file}", "train.max_steps=1", *STILL) == 0
+    assert train(tmp_path / "random", "train.max_steps=1", *STILL) == 0
+    loaded, random = state_of(tmp_path / "loaded", 0), state_of(tmp_path / "random", 0)
+    given = torch.load(teacher_file, weights_only=True)["teacher"]
+    expected = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
+    for name in ("student", "teacher"):
+        assert_equal(network(loaded, name), expected)
+        assert_equal(network(loaded, name, "dino_head"), network(random, name, "dino_head"))
+        assert_equal(network(random, name), network(random, "student"))
+        assert not is_equal(network(random, name), expected)
+
+
+def test_eval_only_evaluates_the_newest_checkpoint_and_writes_nothing_else(tmp_path):
+    knn = [f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in ("train", "val")]
+    assert train(tmp_path, "train.max_steps=2") == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert train(tmp_path, "--eval-only", *knn) == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    folder = tmp_path / "eval" / "manual_1"
+    assert sorted(path.name for path in folder.iterdir()) == ["results_eval_knn.json", "teacher_checkpoint.pth"]
+    weights = torch.load(folder / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert torch.equal(weights["backbone.cls_token"], network(state_of(tmp_path, 1), "teacher")["cls_token"])
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path, capsys):
+    options = ["train.max_steps=2", "evaluation.at_start=true", "evaluation.eval_period_iterations=2"]
+    assert train(tmp_path, *options) == 0
+
+    def files():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".txt", ".png")}
+
+    before = files()
+    capsys.readouterr()
+    assert train(tmp_path, *options) == 0
+    assert files() == before
+    assert "all 2 steps are done; to go on, raise optim.epochs or train.max_steps" in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_says_which(tmp_path, capsys):
+    assert train(tmp_path, "train.max_steps=1") == 0
+    capsys.readouterr()
+    assert train(tmp_path, "train.max_steps=2", "optim.base_lr=0.002") == 0
+    assert (
+        "the config is not the one that model_0000000 was saved with: "
+        "optim.base_lr 0.004 -> 0.002, train.max_steps 1 -> 2" in capsys.readouterr().err
+    )
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [0, 1]
+
+
+def test_start_up_is_short(tmp_path, capsys):
+    assert train(tmp_path, "train.max_steps=1", "evaluation.at_start=true") == 0
+    assert len(capsys.readouterr().err.splitlines()) <= 40
