@@ -68,11 +68,12 @@ def sinkhorn(scores: Tensor, *, temperature: float | Tensor, num_steps: int = 3)
     matrix.sub_(row_max).exp_()
     row_scale = (row_max - top).exp_()
     column_scale = matrix.new_ones(num_prototypes)
-    for _ in range(num_steps):
-        usage = all_reduce_sum(row_scale.squeeze(1) @ matrix)  # [K] total weight of each prototype
-        share = usage / usage.sum().clamp_min(_TINY)  # without this, both scales would drift apart, step by step
-        column_scale = share.mul_(num_prototypes).clamp_min_(_TINY).reciprocal_()
-        row_scale = (matrix @ column_scale).clamp_min_(_TINY).reciprocal_().unsqueeze(1)
+    with torch.autocast(matrix.device.type, enabled=False):  # or the products would be rounded to half precision
+        for _ in range(num_steps):
+            usage = all_reduce_sum(row_scale.squeeze(1) @ matrix)  # [K] total weight of each prototype
+            share = usage / usage.sum().clamp_min(_TINY)  # without this, both scales would drift apart, step by step
+            column_scale = share.mul_(num_prototypes).clamp_min_(_TINY).reciprocal_()
+            row_scale = (matrix @ column_scale).clamp_min_(_TINY).reciprocal_().unsqueeze(1)
     return Assignments(matrix, row_scale=row_scale, column_scale=column_scale)
 
 

@@ -29,6 +29,14 @@ def test_sinkhorn_equals_rewriting_the_matrix(temperature):
     torch.testing.assert_close(own.double(), naive_sinkhorn(scores, temperature), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinkhorn_is_not_rounded_by_autocast(dtype):
+    scores = (unit(40, 16) @ unit(24, 16, seed=1).T).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        own = sinkhorn(scores, temperature=0.04).dense()
+    assert torch.equal(own, sinkhorn(scores, temperature=0.04).dense())
+
+
 def test_sinkhorn_uses_prototypes_evenly_and_rows_sum_to_one():
     own = sinkhorn(torch.randn(64, 8), temperature=0.5, num_steps=50).dense()
     torch.testing.assert_close(own.sum(1), torch.ones(64))

@@ -1,0 +1,130 @@
+"""`SSLMetaArch`: what holds for student and teacher whatever the settings, and one step against a plain twin."""
+
+import pytest
+import torch
+from dense_step import dense_forward_backward
+from support.meta_arch import random_batch, tiny_arch, tiny_config
+from torch import nn
+
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+MOVED = 0.1
+
+
+def moved_arch(overrides=(), *, seed=0):
+    """A model whose student has moved away from the teacher."""
+    model = tiny_arch(overrides, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.student.parameters():
+            param += MOVED * torch.randn(param.shape, generator=generator)
+    return model
+
+
+def copy_of(networks):
+    return {name: tensor.clone() for name, tensor in networks.state_dict().items()}
+
+
+def assert_equal(networks, expected):
+    for name, tensor in networks.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_every_weight_is_set_at_the_start_and_depends_on_the_seed_alone():
+    model = SSLMetaArch(tiny_config())
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            nn.init.constant_(tensor, torch.nan)
+    torch.manual_seed(17)
+    model.init_weights(3)
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    assert_equal(model.teacher, copy_of(model.student))
+    assert_equal(tiny_arch(seed=3).student, copy_of(model.student))
+
+
+def test_the_teacher_stays_in_evaluation_mode_and_learns_nothing_by_itself():
+    model = moved_arch()
+    model.eval().train()
+    assert all(module.training for module in model.student.modules())
+    assert not any(module.training for module in model.teacher.modules())
+    before = copy_of(model.teacher)
+    model.forward_backward(random_batch(), teacher_temp=0.06)
+    assert all(param.grad is None and not param.requires_grad for param in model.teacher.parameters())
+    unused = [name for name, param in model.student.named_parameters() if param.requires_grad and param.grad is None]
+    assert not unused
+    assert_equal(model.teacher, before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.75, 1.0])
+def test_momentum_is_the_share_of_the_old_teacher(momentum):
+    model = moved_arch(["ibot.separate_head=true"])
+    student, teacher = copy_of(model.student), copy_of(model.teacher)
+    model.update_teacher(momentum)
+    assert_equal(model.student, student)
+    if momentum in (0.0, 1.0):
+        assert_equal(model.teacher, teacher if momentum else student)
+        return
+    for name, tensor in model.teacher.state_dict().items():
+        torch.testing.assert_close(tensor, momentum * teacher[name] + (1 - momentum) * student[name])
+
+
+def test_stochastic_depth_is_the_students_alone():
+    model = moved_arch(["student.drop_path_rate=0.4", "student.layerscale=0.5"])
+    images = random_batch()["collated_global_crops"]
+    for networks, is_random in ((model.student, True), (model.teacher, False)):
+        passes = [networks["backbone"](images, is_training=True)["x_norm_clstoken"] for _ in range(2)]
+        assert torch.equal(*passes) is not is_random
+
+
+@pytest.mark.parametrize(
+    ("overrides", "absent"),
+    [
+        (["crops.local_crops_number=0"], None),
+        (["ibot.loss_weight=0"], "ibot_loss"),
+        (["dino.koleo_loss_weight=0"], "koleo_loss"),
+        (["dino.loss_weight=0", "train.centering=sinkhorn_knopp"], None),
+        (["ibot.separate_head=true", "train.centering=sinkhorn_knopp"], None),
+    ],
+)
+def test_each_loss_can_be_left_out(overrides, absent):
+    model = moved_arch(overrides)
+    batch = random_batch()
+    if "crops.local_crops_number=0" in overrides:
+        del batch["collated_local_crops"]
+    metrics = model.forward_backward(batch, teacher_temp=0.06)
+    assert all(value.ndim == 0 and value.isfinite() and not value.requires_grad for value in metrics.values())
+    assert absent not in metrics
+    gradients = [param.grad for param in model.student.parameters() if param.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+def test_a_batch_without_masked_patches_and_of_one_image():
+    model = moved_arch()
+    batch = random_batch(1)
+    batch |= {"collated_masks": torch.zeros(2, 16, dtype=torch.bool)}
+    batch |= {"mask_indices_list": torch.empty(0, dtype=torch.int64), "masks_weight": torch.empty(0)}
+    metrics = model.forward_backward(batch, teacher_temp=0.06)
+    assert all(value.isfinite() for value in metrics.values()) and metrics["ibot_loss"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_close_to_full(dtype):
+    losses = {}
+    for chosen in (torch.float32, dtype):
+        model = moved_arch(["train.centering=sinkhorn_knopp"])
+        model.autocast_dtype = chosen
+        losses[chosen] = model.forward_backward(random_batch(), teacher_temp=0.06)["total_loss"]
+        gradients = [param.grad for param in model.student.parameters()]
+        assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(losses[dtype], losses[torch.float32], rtol=0.02, atol=0)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("separate", ["true", "false"])
+def test_the_step_equals_a_plain_twin_that_materialises_every_matrix(separate):
+    overrides = ["train.centering=sinkhorn_knopp", f"ibot.separate_head={separate}", "student.layerscale=0.5"]
+    model, twin = moved_arch(overrides), moved_arch(overrides)
+    loss = model.forward_backward(random_batch(), teacher_temp=0.06)["total_loss"]
+    torch.testing.assert_close(loss, dense_forward_backward(twin, random_batch(), teacher_temp=0.06), rtol=1e-4, atol=0)
+    for (name, param), expected in zip(model.student.named_parameters(), twin.student.parameters(), strict=True):
+        scale = expected.grad.abs().max().item()
+        torch.testing.assert_close(param.grad, expected.grad, rtol=1e-4, atol=1e-4 * scale, msg=name)
