@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _ROWS = 4096  # rows whose product is summed at a time, for the cache
 
 
