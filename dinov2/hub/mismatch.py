@@ -4,7 +4,6 @@ The settings are read from tensor names and shapes, the same way for the file an
 order in which one explains the next (a wrong width makes every tensor differ).
 """
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 
@@ -122,9 +121,7 @@ def _explain_positions(model: State, file: State) -> str | None:
     want, have = model["pos_embed"].shape[1], file["pos_embed"].shape[1]
     if want == have:
         return None
-    side, patch = math.isqrt(have - 1), file["patch_embed.proj.weight"].shape[-1]
-    fits = f"; set crops.global_crops_size={side * patch}" if side * side == have - 1 else ""
-    return f"its pos_embed has {have} positions but the model's has {want}, and resizing is not supported yet{fits}"
+    return f"its pos_embed has {have} positions, which are not a class token and a square grid; the model has {want}"
 
 
 _EXPLANATIONS: tuple[Callable[[State, State], str | None], ...] = (

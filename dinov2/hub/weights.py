@@ -6,6 +6,7 @@ of a training run with block chunks (`blocks.0.3.*` for block 3).
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dinov2.errors import CheckpointError
 from dinov2.hub.mismatch import explain_mismatch
 from dinov2.hub.read_weights import read_weights
+from dinov2.models.vision_transformer import DinoVisionTransformer, interpolate_positions
 
 __all__ = ["LoadReport", "extract_backbone", "flatten_block_chunks", "load_backbone_weights", "read_weights"]
 
@@ -37,13 +39,14 @@ class LoadReport:
     path: str
     found_under: str | None  # key of the file that held the state dict; None: the file is the state dict
     loaded: tuple[str, ...]
+    resized: tuple[str, ...]  # of those, the ones interpolated to the model's grid of patches
     missing: tuple[str, ...]  # in the model, not in the file: left at their initial value
     unused: tuple[str, ...]  # in the file, not part of the backbone (heads)
 
     def __str__(self) -> str:
         """Give the counts in one line."""
         names = f" ({', '.join(self.missing)})" if self.missing else ""
-        counts = f"loaded={len(self.loaded)} missing={len(self.missing)}{names} unused={len(self.unused)}"
+        counts = f"loaded={len(self.loaded)} resized={len(self.resized)} missing={len(self.missing)}{names} unused={len(self.unused)}"
         return f"weights={self.path} {counts}"
 
 
@@ -60,6 +63,7 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, checkpoint_key:
     """
     state, unused, found_under = extract_backbone(read_weights(path), path=path, checkpoint_key=checkpoint_key)
     own = model.state_dict()
+    resized = _resize_positions(model, state)
     problem = explain_mismatch(own, state, may_be_missing=MAY_BE_MISSING)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
@@ -71,11 +75,30 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, checkpoint_key:
         path=str(path),
         found_under=found_under,
         loaded=tuple(state),
+        resized=resized,
         missing=tuple(name for name in own if name not in state),
         unused=unused,
     )
     logger.info("%s", report)
     return report
+
+
+def _resize_positions(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Interpolate the file's positions to the model's grid, in place, by the model's own rule; names what changed."""
+    if not isinstance(model, DinoVisionTransformer) or "pos_embed" not in state:
+        return ()
+    have, want = state["pos_embed"].shape, model.pos_embed.shape
+    side, wanted_side = math.isqrt(have[1] - 1), math.isqrt(want[1] - 1)
+    if have == want or have[2] != want[2] or side**2 != have[1] - 1:
+        return ()  # fits, or a mismatch that has its own sentence
+    state["pos_embed"] = interpolate_positions(
+        state["pos_embed"],
+        wanted_side,
+        wanted_side,
+        offset=model.interpolate_offset,
+        antialias=model.interpolate_antialias,
+    )
+    return ("pos_embed",)
 
 
 def extract_backbone(

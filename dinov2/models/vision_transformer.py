@@ -5,6 +5,7 @@ Source: Dosovitskiy et al. 2020, arXiv:2010.11929; Oquab et al. 2023, arXiv:2304
 arXiv:2309.16588. Parameter names and shapes are those of the released weights, blocks without chunks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,19 +217,9 @@ class DinoVisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, rows: int, columns: int) -> Tensor:
         """Return positions of the class token and of a grid of patches, [1, 1 + rows * columns, D]."""
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
-        if (rows, columns) == (side, side):
-            return self.pos_embed
-        if self.interpolate_offset:
-            scale = [(cells + self.interpolate_offset) / side for cells in (rows, columns)]
-            target = {"scale_factor": scale}
-        else:
-            target = {"size": (rows, columns)}
-        positions = self.pos_embed.float()
-        grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
-        grid = grid.flatten(2).transpose(1, 2)
-        return torch.cat([positions[:, :1], grid], dim=1).to(self.pos_embed.dtype)
+        return interpolate_positions(
+            self.pos_embed, rows, columns, offset=self.interpolate_offset, antialias=self.interpolate_antialias
+        )
 
     def _grid_size(self, x: Tensor) -> tuple[int, int]:
         return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
@@ -253,6 +244,35 @@ class DinoVisionTransformer(nn.Module):
             }
             for (normed, prenorm), mask in zip(pairs, masks, strict=True)
         ]
+
+
+def interpolate_positions(
+    pos_embed: Tensor, rows: int, columns: int, *, offset: float = 0.1, antialias: bool = False
+) -> Tensor:
+    """Carry learned positions over to another grid of patches.
+
+    Args:
+        pos_embed: class token first, then a square grid, [1, 1 + side * side, D]; left unchanged.
+        rows, columns: of the new grid.
+        offset: added to the new sizes to form a scale factor, as DINOv2's models without registers do; 0 for sizes.
+        antialias: smooth where the new grid is coarser.
+
+    Returns:
+        [1, 1 + rows * columns, D]; `pos_embed` itself where the grid is its own.
+
+    Source: the parents' `interpolate_pos_encoding`.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return pos_embed
+    target = {"size": (rows, columns)}
+    if offset:
+        target = {"scale_factor": [(cells + offset) / side for cells in (rows, columns)]}
+    positions = pos_embed.float()
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **target)
+    grid = grid.flatten(2).transpose(1, 2)
+    return torch.cat([positions[:, :1], grid], dim=1).to(pos_embed.dtype)
 
 
 def build_model(

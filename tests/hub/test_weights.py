@@ -104,7 +104,7 @@ def test_mask_token_may_be_missing_and_is_reported(tmp_path):
     report = load_backbone_weights(model, saved(tmp_path / "w.pth", state))
     assert report.missing == ("mask_token",)
     assert torch.equal(model.mask_token, before)
-    assert str(report) == f"weights={tmp_path}/w.pth loaded={len(state)} missing=1 (mask_token) unused=0"
+    assert str(report) == f"weights={tmp_path}/w.pth loaded={len(state)} resized=0 missing=1 (mask_token) unused=0"
 
 
 def test_a_missing_tensor_is_refused_and_nothing_is_changed(tmp_path):
@@ -146,15 +146,28 @@ def test_non_finite_weights_are_refused(tmp_path):
         ({"init_values": None}, "it has no LayerScale but the model has; set student.layerscale=null"),
         ({"patch_size": 16}, "its patch size is 16 but the model's is 8; set student.patch_size=16"),
         ({"in_chans": 1}, "it takes images of 1 channels but the model takes 3; set student.in_chans=1"),
-        (
-            {"img_size": 64},
-            "its pos_embed has 65 positions but the model's has 17, and resizing is not supported yet; "
-            "set crops.global_crops_size=64",
-        ),
     ],
 )
 def test_the_cause_of_a_mismatch_is_named(tmp_path, settings, sentence):
     assert fails_with(saved(tmp_path / "w.pth", backbone(**settings).state_dict())) == sentence
+
+
+def test_positions_are_resized_to_the_models_grid_by_its_own_rule(tmp_path):
+    large = backbone(img_size=64)
+    path = saved(tmp_path / "w.pth", large.state_dict())
+    model = backbone(1)
+    report = load_backbone_weights(model, path)
+    assert report.resized == ("pos_embed",) and "resized=1" in str(report)
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(image), large(image))
+
+
+def test_positions_that_are_no_square_grid_are_refused(tmp_path):
+    state = backbone().state_dict()
+    state["pos_embed"] = torch.zeros(1, 12, state["pos_embed"].shape[2])
+    assert fails_with(saved(tmp_path / "w.pth", state)) == (
+        "its pos_embed has 12 positions, which are not a class token and a square grid; the model has 17"
+    )
 
 
 def test_foreign_names_are_recognised(tmp_path):
