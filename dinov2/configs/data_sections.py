@@ -78,7 +78,7 @@ class DataConfig(Section):
 
     KEY: ClassVar[str] = "data"
 
-    cache_dir: str | None = None  # folder for file lists; null: <train.output_dir>/cache
+    cache_dir: str | None = None  # folder offered to datasets that cache what they find; null: <train.output_dir>/cache
     max_image_pixels: int | None = 178956970  # larger images are refused, >= 1; null: no limit (Pillow's bomb limit)
 
     def __post_init__(self) -> None:

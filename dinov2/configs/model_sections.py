@@ -128,7 +128,7 @@ class StudentConfig(Section):
     num_register_tokens: int = 0  # extra tokens, >= 0 (arXiv:2309.16588; the released _reg models have 4)
     interpolate_antialias: bool = False  # antialias when pos_embed is resized; the released _reg models: true
     interpolate_offset: float = 0.1  # added to the size when pos_embed is resized, >= 0; the _reg models: 0.0
-    attention_backend: Literal["auto", "sdpa", "xformers"] = "auto"  # auto: the fastest that is installed
+    attention_backend: Literal["auto", "sdpa", "xformers"] = "auto"  # auto: sdpa, PyTorch's own
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "in_chans"):

@@ -61,7 +61,7 @@ PARENT_KEYS: Mapping[str, ParentKey] = {
     "student.block_chunks": ParentKey(
         "without effect", "blocks are one flat list, and weights saved in chunks are read all the same", 0
     ),
-    "train.cache_dataset": ParentKey("without effect", "file lists are always cached in data.cache_dir", True),
+    "train.cache_dataset": ParentKey("without effect", "file lists are read anew at each start", True),
     "train.cudagraphs": ParentKey("without effect", "steps are not recorded as CUDA graphs", False),
     "train.compile": ParentKey("without effect", "the model runs uncompiled", False),
     "train.monitor_gradient_norm": ParentKey("without effect", "gradient norms are always recorded", False),

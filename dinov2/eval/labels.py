@@ -52,7 +52,7 @@ def match_classes(train: LabelledSet, val: LabelledSet) -> Classes:
         if not len(labelled.labels()):
             raise DatasetError(
                 f"{labelled.name}: no image has a label, and k-NN needs them; ImageFolder takes the names of the "
-                "folders below its root"
+                "folders below its root, a class of your own gives them by get_targets()"
             )
     labels = train.labels()
     if len(labels) == 1:

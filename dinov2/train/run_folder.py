@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dinov2 import checkpoint_format
@@ -68,7 +68,8 @@ def begin_run(cfg: Config, plan: RunPlan, folder: Path, *, overwrite: bool) -> N
     try:
         if overwrite:
             _remove_run(folder)
-        write_config(cfg, folder / CONFIG_NAME)
+        # Starting anew is said for one start; the file, given to a later one, must not refuse to go on.
+        write_config(replace(cfg, train=replace(cfg.train, resume=True)), folder / CONFIG_NAME)
         checkpoint_format.write_text(folder / PLAN_NAME, json.dumps(asdict(plan), indent=2) + "\n")
     except OSError as error:
         raise _not_writable(folder, error) from error

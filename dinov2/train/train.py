@@ -51,6 +51,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="train.py",
         description="Train DINOv2 on your own images. Start it with python for one process, torchrun for several.",
         epilog="Without flags a run goes on from the newest complete checkpoint in its folder, if there is one. "
+        "Ctrl-C and SIGTERM end the step, save and exit with 0; torchrun passes SIGTERM on, itself exits with 1, and "
+        "kills what has not ended after 30 s (its --shutdown-timeout). "
         "All keys with defaults and units: configs/ssl_default_config.yaml.",
     )
     parser.add_argument("--config-file", "--config", metavar="F", help="YAML file over the defaults; default: none")
@@ -269,4 +271,5 @@ def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = ""  # not the modules beside this file, but the user's dataset classes in the current folder
     sys.exit(main())

@@ -107,7 +107,7 @@ def test_dinov2s_giant_recipe_loads_with_a_note(tmp_path):
         ("train.cudagraphs=true", "train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs"),
         (
             "train.cache_dataset=false",
-            "train.cache_dataset=false has no effect: file lists are always cached in data.cache_dir",
+            "train.cache_dataset=false has no effect: file lists are read anew at each start",
         ),
         (
             "optim.lr=0.001",
