@@ -43,6 +43,8 @@ class TrainConfig(Section):
         self.require("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         self.require("num_workers", self.num_workers >= 0, "at least 0")
         self.require("output_dir", self.output_dir != "", "a folder, e.g. outputs/run1")
+        has_home = self.output_dir.startswith("~")
+        self.require("output_dir", not has_home, "written without ~, which only a shell replaces; use ${oc.env:HOME}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,12 @@ def test_settings(tmp_path, capsys, option, sentence):
     assert sentence_of(capsys, option, folder=tmp_path / "run", code=2) == sentence
 
 
+def test_an_output_folder_with_a_tilde(capsys):
+    assert sentence_of(capsys, folder="~/run", code=2) == (
+        "train.output_dir='~/run': must be written without ~, which only a shell replaces; use ${oc.env:HOME}"
+    )
+
+
 def test_a_global_batch_that_does_not_divide(tmp_path, capsys):
     options = ["train.global_batch_size=10", "optim.gradient_accumulation_steps=4"]
     assert sentence_of(capsys, *options, folder=tmp_path, code=2) == (

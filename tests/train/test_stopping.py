@@ -121,7 +121,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, number, code):
-    dataset = "slow_images.Slow:delay_s=0.1"
+    dataset = "slow_images.Slow:delay_s=0.02"
     options = [f"evaluation.knn.{part}_dataset_path={dataset}" for part in ("train", "val")]
     process = start(tmp_path / "run", *options, "evaluation.at_start=true", "train.num_workers=2")
     wait_until(lambda: list(tmp_path.glob("reader_*")), process)
