@@ -19,7 +19,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 		|| { echo 'error: $(PYTHON) is older than Python 3.11; run make again with PYTHON=python3.11 or newer' >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
-	$(PY) -m uv pip install --python $(PY) -e '.[test,tensorboard]' -c constraints.txt
+	$(PY) -m uv pip install --compile-bytecode --python $(PY) -e '.[test,tensorboard]' -c constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## train a tiny network on real images on the CPU, k-NN before and after (minutes)

@@ -46,8 +46,8 @@ class LoadReport:
     def __str__(self) -> str:
         """Give the counts in one line."""
         names = f" ({', '.join(self.missing)})" if self.missing else ""
-        counts = f"loaded={len(self.loaded)} resized={len(self.resized)} missing={len(self.missing)}{names} unused={len(self.unused)}"
-        return f"weights={self.path} {counts}"
+        fates = f"loaded={len(self.loaded)} resized={len(self.resized)} missing={len(self.missing)}{names}"
+        return f"weights={self.path} {fates} unused={len(self.unused)}"
 
 
 def load_backbone_weights(model: nn.Module, path: str | Path, *, checkpoint_key: str = "teacher") -> LoadReport:

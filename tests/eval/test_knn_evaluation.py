@@ -215,13 +215,15 @@ def test_only_too_large_k_is_an_error():
             {"targets": [-1] * 30},
             {},
             "TRAIN: no image has a label, and k-NN needs them; "
-            "ImageFolder takes the names of the folders below its root, a class of your own gives them by get_targets()",
+            "ImageFolder takes the names of the folders below its root, "
+            "a class of your own gives them by get_targets()",
         ),
         (
             {},
             {"targets": [-1] * 30},
             "VAL: no image has a label, and k-NN needs them; "
-            "ImageFolder takes the names of the folders below its root, a class of your own gives them by get_targets()",
+            "ImageFolder takes the names of the folders below its root, "
+            "a class of your own gives them by get_targets()",
         ),
         (
             {"targets": [1] * 30, "class_names": ["bad", "good"]},
