@@ -3,7 +3,8 @@
 import sys
 
 from dinov2.eval.knn import main
+from dinov2.logging import end_program
 
 if __name__ == "__main__":
     sys.path[0] = ""  # the user's dataset classes lie in the current folder
-    raise SystemExit(main())
+    end_program(main())

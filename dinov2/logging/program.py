@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dinov2.distributed.launch_environment import LaunchEnvironment, read_launch_environment
 from dinov2.errors import ConfigError, Dinov2Error, TrainingError
@@ -53,6 +54,21 @@ def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] |
         if logger.hasHandlers():
             logger.critical("unforeseen error", exc_info=True, extra=FILE_ONLY)
         raise
+
+
+def end_program(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    One of several processes ends without running C++ destructors: the threads of a process group may outlive it, and
+    then abort the process ("terminate called without an active exception", seen now and then under gloo), so that a
+    launcher counts a run as failed that has saved and finished. Call it when everything is closed.
+    """
+    if _launch_environment().world_size > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _report(error: Dinov2Error) -> None:

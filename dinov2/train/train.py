@@ -18,7 +18,7 @@ from dinov2.configs import Config, batch_size_per_rank, load_config, require_tra
 from dinov2.configs.run_sections import TrainConfig
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
-from dinov2.logging import peak_memory_gib, plot_training_curves, run_program, setup_logging
+from dinov2.logging import end_program, peak_memory_gib, plot_training_curves, run_program, setup_logging
 from dinov2.train.batches import DeviceBatches
 from dinov2.train.build import (
     RunPlan,
@@ -272,4 +272,4 @@ def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = ""  # not the modules beside this file, but the user's dataset classes in the current folder
-    sys.exit(main())
+    end_program(main())

@@ -171,10 +171,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
     resumed = Run(tmp_path, seed=5)
     with caplog.at_level(logging.WARNING):
         assert resumed.resume()["iteration"] == 2
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "model_0000008 is damaged",
-        "model_0000005 is damaged",
-    ]
+    warnings = [record.getMessage().split(",")[0] for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["model_0000008 is damaged", "model_0000005 is damaged"]
     assert "model_0000011.rank_1.pth.tmp" not in names(tmp_path)
     assert same(resumed.train(9).contents(), run.contents())
     assert Run(tmp_path).resume()["iteration"] == 8  # the damaged ones have been replaced

@@ -25,8 +25,8 @@ SLOW_DATASET = """
     class Slow:
         '''Grey squares; makes a file `reading`, takes its time, and fails at `broken`.'''
 
-        def __init__(self, *, delay_s: float = 0.0, broken: int = -1, channels: int = 1):
-            self.delay_s, self.broken = delay_s, broken
+        def __init__(self, *, delay_s: float = 0.0, broken: int = -1, channels: int = 1, transform=None):
+            self.delay_s, self.broken, self.transform = delay_s, broken, transform
 
         def __len__(self):
             return 60
@@ -36,7 +36,8 @@ SLOW_DATASET = """
             (FOLDER / f"reader_{os.getpid()}").touch()
             if index == self.broken:
                 raise KeyError("an error that nobody foresaw")
-            return Image.fromarray(np.full((40, 40), 4 * index, dtype=np.uint8)), index % 2
+            image = Image.fromarray(np.full((40, 40), 4 * index, dtype=np.uint8))
+            return (image if self.transform is None else self.transform(image)), index % 2
 
         def get_targets(self):
             return np.arange(60) % 2
@@ -121,7 +122,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, number, code):
-    dataset = "slow_images.Slow:delay_s=0.02"
+    dataset = "slow_images.Slow:delay_s=0.1"
     options = [f"evaluation.knn.{part}_dataset_path={dataset}" for part in ("train", "val")]
     process = start(tmp_path / "run", *options, "evaluation.at_start=true", "train.num_workers=2")
     wait_until(lambda: list(tmp_path.glob("reader_*")), process)
