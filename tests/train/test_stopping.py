@@ -53,7 +53,12 @@ def slow(tmp_path, monkeypatch):
 
 def start(folder, *options, launcher=()):
     command = [sys.executable, *launcher, str(PROGRAM), "--output-dir", str(folder), *TINY_RUN, *options]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_sigint)
+
+
+def heed_sigint():
+    """Undo what a shell does to its background jobs, and so to tests started from one: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_of(process):
