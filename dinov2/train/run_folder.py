@@ -8,12 +8,12 @@ from pathlib import Path
 from dinov2 import checkpoint_format
 from dinov2.configs import Config, write_config
 from dinov2.errors import ConfigError
+from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.train.build import RunPlan
 
 CONFIG_NAME = "config.yaml"
 PLAN_NAME = "run_plan.json"
 CURVES_NAME = "training_curves.png"
-METRICS_NAME = "training_metrics.json"
 _MADE_BY_A_RUN = (
     "model_*.rank_*.pth*",
     "last_checkpoint.rank_*",

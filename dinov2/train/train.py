@@ -19,6 +19,7 @@ from dinov2.configs.run_sections import TrainConfig
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
 from dinov2.logging import end_program, peak_memory_gib, plot_training_curves, run_program, setup_logging
+from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.train.batches import DeviceBatches
 from dinov2.train.build import (
     RunPlan,
@@ -36,7 +37,7 @@ from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.resume import require_something_to_evaluate, resume
-from dinov2.train.run_folder import CURVES_NAME, METRICS_NAME, begin_run, prepare_output_dir
+from dinov2.train.run_folder import CURVES_NAME, begin_run, prepare_output_dir
 from dinov2.train.schedules import Schedules, StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stop_signal import StopSignal

@@ -33,5 +33,5 @@ def test_a_short_run_on_fashion_mnist_improves_its_features(tmp_path, monkeypatc
     assert benchmark.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["curve"][-1][0] == 156
-    assert result["gain_points"] > 2  # 4 to 5 points were seen
+    assert result["gain_points"] > 2  # 4.4 and 5.3 were seen at step 156 of two longer runs
     assert 75 < result["raw_pixels_pct"] < 85
