@@ -5,6 +5,7 @@ from dinov2.fsdp.gradients import clip_grad_norm_, grad_norms
 from dinov2.fsdp.periodic import PeriodicCheckpointer
 from dinov2.fsdp.rng import RngState
 from dinov2.fsdp.wrap import (
+    copy_local_state,
     full_state_dict,
     load_full_state_dict,
     local_tensor_pairs,
@@ -18,6 +19,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "RngState",
     "clip_grad_norm_",
+    "copy_local_state",
     "full_state_dict",
     "grad_norms",
     "load_full_state_dict",

@@ -41,12 +41,14 @@ def shard(
 ) -> nn.Module:
     """Shard a module over all ranks, in place, and move it to this process's device.
 
-    With one process the module is returned untouched. The initial values must be equal on all ranks. Gradients become
-    means over ranks. Parameters that are not floating point, and those without axes, stay whole on every rank.
+    With one process the module is returned untouched. Initial values, if there are any yet, must be equal on all ranks.
+    Gradients become means over ranks. Parameters that are not floating point, and those without axes, stay whole on
+    every rank.
 
     Args:
-        module: a module whose `forward` is called (not a ModuleDict); parameters on the CPU, initialised. If it has a
-            method `shard_units() -> list[nn.Module]`, each unit is gathered on its own.
+        module: a module whose `forward` is called (not a ModuleDict); parameters on the CPU, initialised, or on the
+            meta device, to be given memory by `to_empty` and values by `load_full_state_dict` afterwards. If it has
+            a method `shard_units() -> list[nn.Module]`, each unit is gathered on its own.
         strategy: NO_SHARD keeps everything everywhere; SHARD_GRAD_OP splits parameters, gradients and optimiser state
             and keeps the gathered parameters from forward to backward; FULL_SHARD gathers again for backward;
             HYBRID_SHARD is FULL_SHARD within groups of ranks and replicates between the groups.
@@ -83,7 +85,8 @@ def shard(
         fully_shard(unit, **options)
     fully_shard(module, **options)
     for param in whole:
-        param.data = param.data.to(device)
+        if not param.is_meta:
+            param.data = param.data.to(device)
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
     return module
@@ -142,12 +145,26 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor] | None) -> None:
+def copy_local_state(target: nn.Module, source: nn.Module) -> None:
+    """Copy all parameters and persistent buffers of an equal module, sharded alike; each rank copies what it holds."""
+    reshard(target)
+    reshard(source)
+    values = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        local_part(tensor).copy_(local_part(values[name]))
+
+
+@torch.no_grad()
+def load_full_state_dict(
+    module: nn.Module, state: Mapping[str, Tensor] | None, *, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Fill a module, sharded or not, from whole tensors; all ranks must call it.
 
     Args:
         module: changed in place.
-        state: whole tensors for every name; if any rank passes None, rank 0's are sent to all, one at a time.
+        state: whole tensors for every name; if any rank passes None, rank 0's are sent to all, one at a time. A tensor
+            is asked for once and not kept, so the mapping may read it from a file.
+        shapes: of the tensors in `state`, to be given where asking for them means reading them.
 
     Raises:
         CheckpointError: names or shapes differ, on all ranks together.
@@ -155,7 +172,8 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor] | None) 
     reshard(module)
     own = module.state_dict()
     from_main = any(all_gather_objects(state is None))
-    shapes = None if state is None else {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if state is not None and shapes is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_same(own, broadcast_object(shapes))
     for name, tensor in own.items():
         if from_main:

@@ -19,6 +19,11 @@ def _shard_toy(toy, **options):
     return toy
 
 
+def _toy_without_memory():
+    with torch.device("meta"):
+        return make_toy()
+
+
 def _train(student, teacher):
     """Steps with accumulation, an empty head batch, clipping and EMA; returns norms and teacher outputs."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -89,10 +94,14 @@ def train_sharded(strategies, hybrid_shard_size=None):
                 assert list(state) == list(reference.state_dict())
                 for name, tensor in reference.state_dict().items():
                     difference = max(difference, (state[name] - tensor).abs().max().item())
-        # whole tensors loaded into another sharded module come out again
-        copy = _shard_toy(make_toy(3), **options)
+        # whole tensors loaded into another sharded module, built without memory, come out again
+        copy = _shard_toy(_toy_without_memory(), **options)
+        copy.to_empty(device="cpu")
         fsdp.load_full_state_dict(copy, states[0])
         again = fsdp.full_state_dict(copy)
+        twin = _shard_toy(make_toy(3), **options)
+        fsdp.copy_local_state(twin, copy)
+        twins = fsdp.full_state_dict(twin)
         features = copy["backbone"].features(torch.ones(2, 3))
         # the same state given on every rank
         everywhere = distributed.broadcast_object(states[1])
@@ -103,7 +112,12 @@ def train_sharded(strategies, hybrid_shard_size=None):
             "outputs": own_outputs,
             "difference": difference,
             "reload": rank > 0
-            or all(torch.equal(again[k], states[0][k]) and torch.equal(again_teacher[k], states[1][k]) for k in again),
+            or all(
+                torch.equal(again[k], states[0][k])
+                and torch.equal(again_teacher[k], states[1][k])
+                and torch.equal(twins[k], states[0][k])
+                for k in again
+            ),
             "features": features.detach(),
             "rows": [t.shape[0] for t in fsdp.local_tensors(copy["head"])],
             "unlimited": fsdp.clip_grad_norm_(student.parameters(), None),
@@ -226,8 +240,16 @@ def test_one_process_needs_no_sharding():
     assert fsdp.shard(backbone, strategy="FULL_SHARD") is backbone
     assert type(backbone.embed.weight) is nn.Parameter
     state = fsdp.full_state_dict(toy)
-    other = make_toy(2)
-    fsdp.load_full_state_dict(other, state)
+    other = _toy_without_memory().to_empty(device="cpu")
+    asked = []
+
+    class ReadOnDemand(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    fsdp.load_full_state_dict(other, ReadOnDemand(state), shapes={name: tuple(t.shape) for name, t in state.items()})
+    assert asked == list(state)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     toy["head"](backbone(torch.ones(2, 3))["features"]).sum().backward()
     reference = [p.grad.clone() for p in toy.parameters() if p.grad is not None]
