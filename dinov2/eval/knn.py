@@ -61,13 +61,6 @@ class OnlineKnn:
         return {name: score for name, score in scores.items() if name.endswith("_top1_pct")}
 
 
-def knn_during_training(backbone: nn.Module, cfg: Config, *, device: torch.device) -> dict[str, float] | None:
-    """Evaluate a backbone once, as `OnlineKnn`; None where `evaluation.knn` names no datasets."""
-    if cfg.evaluation.knn.train_dataset_path is None:
-        return None
-    return OnlineKnn(cfg, device=device)(backbone)
-
-
 def build_evaluation(cfg: Config, *, device: torch.device) -> KnnEvaluation:
     """Open the datasets of `evaluation.knn` and check them."""
     train, val = build_datasets(cfg)

@@ -12,7 +12,7 @@ from support.dist import launch
 
 from dinov2.configs import load_config
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.knn import OnlineKnn, knn_during_training, main
+from dinov2.eval.knn import OnlineKnn, main
 from dinov2.logging import setup_logging
 from dinov2.models import build_model
 
@@ -107,11 +107,6 @@ def test_online_score_is_that_of_the_program(weights, tmp_path):
     scores = OnlineKnn(cfg, device=CPU)(backbone())
     assert list(scores) == ["knn_top1_pct", "knn5_top1_pct", "knn10_top1_pct"]
     assert scores == {name: results(tmp_path)[name] for name in scores}
-    assert knn_during_training(backbone(), cfg, device=CPU) == scores
-
-
-def test_online_knn_is_off_without_datasets():
-    assert knn_during_training(backbone(), load_config(None, [*MODEL, *SIZES]), device=CPU) is None
 
 
 def test_a_wrong_path_fails_before_training(tmp_path):
