@@ -1,4 +1,6 @@
-"""Projection head of DINO and iBOT: an MLP, a unit sphere, and a weight-normalised layer of prototypes.
+"""Projection head of DINO and iBOT: an MLP, a unit sphere, and a layer of prototypes.
+
+DINOv2 keeps the prototypes weight-normalised, as direction and length; DINOv3 keeps them as they are.
 
 Shapes: N tokens, D_in backbone features, D bottleneck features, K prototypes.
 Source: Caron et al. 2021, arXiv:2104.14294, and the parents' `DINOHead`.
@@ -10,7 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.initialisation import init_linear
+
 _ROWS = 4096  # rows whose product is summed at a time, for the cache
+
+
+class PlainPrototypeLayer(nn.Module):
+    """Hold K prototypes as they are, under the name of a linear layer's weight."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all values from a normal of standard deviation 0.02 cut off at 2."""
+        nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
+
+    def prototypes(self) -> Tensor:
+        """Return the prototypes, [K, D]."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class PrototypeLayer(nn.Module):
@@ -64,6 +87,8 @@ class DINOHead(nn.Module):
         hidden_dim: width of the inner layers.
         bottleneck_dim: features D that are put on the unit sphere.
         mlp_bias: whether the linear layers have a bias.
+        weight_norm: True: prototypes of learned direction and length, as in DINOv2 (`last_layer.weight_g`, `_v`).
+            False: plain prototypes, as in DINOv3 (`last_layer.weight`).
     """
 
     def __init__(
@@ -75,20 +100,20 @@ class DINOHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         mlp_bias: bool = True,
+        *,
+        weight_norm: bool = True,
     ) -> None:
         super().__init__()
         self.mlp = _mlp(
             in_dim, max(nlayers, 1), hidden_dim=hidden_dim, out_dim=bottleneck_dim, use_bn=use_bn, bias=mlp_bias
         )
-        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim)
+        self.last_layer = (PrototypeLayer if weight_norm else PlainPrototypeLayer)(bottleneck_dim, out_dim)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set all parameters: truncated normal of standard deviation 0.02, zero biases, unit prototype lengths."""
+        """Set all parameters: truncated normal of standard deviation 0.02, zero biases, the prototypes' own values."""
         for module in self.mlp.modules() if isinstance(self.mlp, nn.Sequential) else [self.mlp]:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module, generator)
             elif isinstance(module, nn.BatchNorm1d):
                 module.reset_parameters()
         self.last_layer.init_weights(generator)

@@ -5,17 +5,19 @@ from support.golden import golden_shapes
 from dinov2.layers.dino_head import DINOHead, PrototypeLayer
 
 
-def test_names_and_shapes_are_the_official_ones():
+@pytest.mark.parametrize(("family", "weight_norm"), [("dinov2", True), ("dinov3", False)])
+def test_names_and_shapes_are_the_official_ones(family, weight_norm):
     with torch.device("meta"):
-        head = DINOHead(384, 65536)
+        head = DINOHead(384, 65536, weight_norm=weight_norm)
     assert {name: tuple(p.shape) for name, p in head.state_dict().items()} == golden_shapes(
-        "dinov2_head(in_dim=384,out_dim=65536)"
+        f"{family}_head(in_dim=384,out_dim=65536)"
     )
 
 
+@pytest.mark.parametrize("weight_norm", [True, False])
 @pytest.mark.parametrize(("nlayers", "use_bn"), [(1, False), (2, False), (3, True), (4, False)])
-def test_init_weights_sets_every_parameter(nlayers, use_bn):
-    head = DINOHead(8, 20, nlayers=nlayers, use_bn=use_bn, hidden_dim=6, bottleneck_dim=4)
+def test_init_weights_sets_every_parameter(nlayers, use_bn, weight_norm):
+    head = DINOHead(8, 20, nlayers=nlayers, use_bn=use_bn, hidden_dim=6, bottleneck_dim=4, weight_norm=weight_norm)
     for param in head.parameters():
         torch.nn.init.constant_(param, float("nan"))
     head.init_weights(torch.Generator().manual_seed(0))
@@ -37,8 +39,18 @@ def test_prototypes_and_their_gradients_equal_those_of_torch_weight_norm():
     torch.testing.assert_close(layer.weight_v.grad, reference.parametrizations.weight.original1.grad)
 
 
-def test_a_criterion_gets_unit_features_and_prototypes():
-    head = DINOHead(8, 20, hidden_dim=6, bottleneck_dim=4)
+def test_plain_prototypes_start_small_and_are_the_weight_itself():
+    head = DINOHead(8, 5000, hidden_dim=6, bottleneck_dim=4, weight_norm=False)
+    head.init_weights(torch.Generator().manual_seed(0))
+    weight = head.last_layer.weight
+    assert head.last_layer.prototypes() is weight
+    # The cut at 2 is far away, so the spread is the normal one; 20,000 draws give it to about 1 %.
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean().item()) < 1e-3
+
+
+@pytest.mark.parametrize("weight_norm", [True, False])
+def test_a_criterion_gets_unit_features_and_prototypes(weight_norm):
+    head = DINOHead(8, 20, hidden_dim=6, bottleneck_dim=4, weight_norm=weight_norm)
     head.init_weights()
     x = torch.randn(5, 8)
     features, prototypes = head(x, lambda features, prototypes: (features, prototypes))
