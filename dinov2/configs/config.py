@@ -8,7 +8,6 @@ from dinov2.configs.model_sections import (
     DinoConfig,
     IbotConfig,
     ModelConfig,
-    StudentConfig,
     TeacherConfig,
 )
 from dinov2.configs.run_sections import (
@@ -18,7 +17,9 @@ from dinov2.configs.run_sections import (
     OptimConfig,
     TrainConfig,
 )
+from dinov2.configs.schedule_sections import SchedulesConfig
 from dinov2.configs.section import nearest_multiples, show_value
+from dinov2.configs.student_section import StudentConfig
 from dinov2.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedules: SchedulesConfig | None = None
     crops: CropsConfig = field(default_factory=CropsConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -42,14 +44,24 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     # What loading has to say about the parents' keys, one sentence each; a program logs them once logging is set up.
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    # Settings of the parents that training cannot honour, one sentence each; see `require_trainable`.
+    refusals: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._require_patch_tokens_for_ibot()
         self._require_whole_patches()
         self._require_something_to_learn()
         self._require_a_statistic_per_channel()
         self._require_whole_accumulation_steps()
+        self._require_schedules_within_the_run()
+
+    def _require_patch_tokens_for_ibot(self) -> None:
+        if self.student.is_resnet and self.ibot.loss_weight > 0:
+            raise ConfigError(f"student.arch={self.student.arch} has no patch tokens to mask; set ibot.loss_weight=0")
 
     def _require_whole_patches(self) -> None:
+        if self.student.is_resnet:
+            return
         sizes = {"crops.global_crops_size": self.crops.global_crops_size}
         if self.crops.local_crops_number > 0:
             sizes["crops.local_crops_size"] = self.crops.local_crops_size
@@ -84,6 +96,23 @@ class Config:
         if self.train.global_batch_size is not None:
             batch_size_per_rank(self, world_size=1)
 
+    def _require_schedules_within_the_run(self) -> None:
+        epochs = self.optim.epochs
+        if self.schedules is None:
+            within = self.optim.warmup_epochs <= epochs
+            self.optim.require("warmup_epochs", within, f"in 0..{epochs}, the value of optim.epochs")
+            schedules = ()
+        else:
+            schedules = tuple(vars(self.schedules).values())
+        for schedule in (*schedules, self.dino.local_loss_weight_schedule):
+            warmup, cosine = schedule.warmup_epochs, schedule.cosine_epochs or 0
+            is_used = schedule is not self.dino.local_loss_weight_schedule or self.dino.reweight_dino_local_loss
+            if is_used and warmup + cosine > epochs:
+                raise ConfigError(
+                    f"{schedule.KEY}.warmup_epochs={warmup} and cosine_epochs={show_value(schedule.cosine_epochs)} go "
+                    f"beyond the end of the run at optim.epochs={epochs}; shorten them"
+                )
+
 
 def batch_size_per_rank(cfg: Config, *, world_size: int) -> int:
     """Return how many images one rank takes in one accumulation step.
@@ -106,6 +135,13 @@ def batch_size_per_rank(cfg: Config, *, world_size: int) -> int:
             f"use {nearest_multiples(cfg.train.global_batch_size, parts)}"
         )
     return per_rank
+
+
+def require_trainable(cfg: Config) -> None:
+    """Raise ConfigError if the settings ask for something that training cannot do yet; evaluation may go on."""
+    if cfg.refusals:
+        first, *more = cfg.refusals
+        raise ConfigError(f"{first} (and {len(more)} more such settings: {'; '.join(more)})" if more else first)
 
 
 def require_train_dataset(cfg: Config) -> str:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov2.configs.config import Config
 from dinov2.configs.parent_keys import PARENT_KEYS, Given, refuse_parent_key, translate_parent_keys
 from dinov2.configs.section import show_value
-from dinov2.configs.tree import build, leaves, nest, section_names
+from dinov2.configs.tree import REQUIRED, build, leaves, nest, section_names
 from dinov2.configs.values import convert, is_text
 from dinov2.errors import ConfigError
 
@@ -136,7 +136,7 @@ def _nearest(key: str) -> str:
 
 def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:
     """Replace `${...}` in the given values, looking at the defaults as well."""
-    defaults = {key: leaf.default for key, leaf in leaves().items()}
+    defaults = {key: leaf.default for key, leaf in leaves().items() if leaf.default is not REQUIRED}
     tree = nest(defaults | {key: value.value for key, value in given.items()})
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)

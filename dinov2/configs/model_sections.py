@@ -1,24 +1,14 @@
-"""Settings of the networks: starting weights, precision and sharding, heads, student, teacher.
+"""Settings of the networks but for the backbone: starting weights, precision and sharding, heads, losses, teacher.
 
 The comment of a field gives its unit and range, and where a number comes from. `python -m dinov2.configs` writes these
 comments into configs/ssl_default_config.yaml. Defaults are DINOv2's (arXiv:2304.07193 and its released configs).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dinov2.configs.section import Section, is_range
-from dinov2.errors import ConfigError
-
-# Width and attention heads of each named size; the same as in dinov2.models, which this package does not import.
-ARCH_WIDTH_AND_HEADS = {
-    "vit_tiny": (192, 3),
-    "vit_small": (384, 6),
-    "vit_base": (768, 12),
-    "vit_large": (1024, 16),
-    "vit_giant2": (1536, 24),
-}
+from dinov2.configs.section import Section, is_range, require_rising_and_falling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +51,29 @@ class HeadConfig(Section):
     head_bottleneck_dim: int = 256  # width before the prototypes, >= 1
     head_nlayers: int = 3  # layers of the head's MLP, >= 1
     head_hidden_dim: int = 2048  # width of the hidden layers, >= 1
+    head_weight_norm: bool = True  # true: prototypes are weight_g * unit weight_v; false: one plain matrix
 
     def __post_init__(self) -> None:
         self.require("loss_weight", self.loss_weight >= 0, "at least 0")
         self.require("head_n_prototypes", self.head_n_prototypes >= 2, "at least 2")
         for name in ("head_bottleneck_dim", "head_nlayers", "head_hidden_dim"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLossWeightConfig(Section):
+    """Weight of the local crops over the run, with dino.reweight_dino_local_loss (gram anchoring, arXiv:2508.10104)."""
+
+    KEY: ClassVar[str] = "dino.local_loss_weight_schedule"
+
+    start: float = 0.5  # factor at the first step, >= 0; linear to peak
+    peak: float = 0.5  # factor after the warm-up, >= 0; cosine to end
+    end: float = 0.5  # factor after the cosine, >= 0
+    warmup_epochs: int = 0  # epochs from start to peak, >= 0
+    cosine_epochs: int | None = None  # epochs from peak to end, >= 0; null: to the end of the run
+
+    def __post_init__(self) -> None:
+        require_rising_and_falling(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +84,22 @@ class DinoConfig(HeadConfig):
 
     koleo_loss_weight: float = 0.1  # factor, >= 0; 0: off (arXiv:1806.03198)
     koleo_loss_distributed: bool = False  # look for the nearest neighbour in all ranks' images, not only in this rank's
+    koleo_topk: int = 1  # nearest neighbours that each image is pushed from, >= 1; above 1 with koleo_loss_distributed
+    # images among which koleo_loss_distributed looks for neighbours, >= 1, a divisor of the images of all ranks; null:
+    # those of all ranks
+    koleo_distributed_loss_group_size: int | None = None
+    global_ignore_diagonal: bool = True  # a global crop is compared with the other global crop only, not with itself
+    reweight_dino_local_loss: bool = False  # true: local crops are weighted by local_loss_weight_schedule
+    local_loss_weight_schedule: LocalLossWeightConfig = field(default_factory=LocalLossWeightConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("koleo_loss_weight", self.koleo_loss_weight >= 0, "at least 0")
+        self.require("koleo_topk", self.koleo_topk >= 1, "at least 1")
+        alone = self.koleo_topk == 1 or self.koleo_loss_distributed
+        self.require("koleo_topk", alone, "1, or set dino.koleo_loss_distributed=true")
+        size = self.koleo_distributed_loss_group_size
+        self.require("koleo_distributed_loss_group_size", size is None or size >= 1, "at least 1 image, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,55 +120,6 @@ class IbotConfig(HeadConfig):
             hint = f"above 0 (or set {self.KEY}.loss_weight=0)"
             self.require("mask_sample_probability", self.mask_sample_probability > 0, hint)
             self.require("mask_ratio_min_max", self.mask_ratio_min_max[1] > 0, hint)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentConfig(Section):
-    """The backbone; the teacher has the same one, without stochastic depth."""
-
-    KEY: ClassVar[str] = "student"
-
-    # width, blocks, heads: vit_tiny 192, 12, 3; vit_small 384, 12, 6; vit_base 768, 12, 12; vit_large 1024, 24, 16;
-    # vit_giant2 1536, 40, 24
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"
-    patch_size: int = 16  # px, >= 1; both crop sizes must be multiples of it
-    in_chans: int = 3  # channels of an image, >= 1
-    embed_dim: int | None = None  # width, >= 1, a multiple of num_heads; null: that of arch
-    depth: int | None = None  # blocks, >= 1; null: that of arch
-    num_heads: int | None = None  # attention heads, >= 1; null: that of arch
-    drop_path_rate: float = 0.3  # chance that a block skips an image, 0..1 (1 excluded)
-    drop_path_uniform: bool = True  # true: the same chance in all blocks; false: rising from 0 to drop_path_rate
-    layerscale: float | None = 1.0e-05  # first value of LayerScale, >= 0; 0 or null: no LayerScale
-    pretrained_weights: str = ""  # file with a backbone for student and teacher to start from; empty: random
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "mlp"  # feed-forward part of a block
-    qkv_bias: bool = True  # bias of the query, key and value projection
-    proj_bias: bool = True  # bias of the attention's output projection
-    ffn_bias: bool = True  # bias of the feed-forward part
-    num_register_tokens: int = 0  # extra tokens, >= 0 (arXiv:2309.16588; the released _reg models have 4)
-    interpolate_antialias: bool = False  # antialias when pos_embed is resized; the released _reg models: true
-    interpolate_offset: float = 0.1  # added to the size when pos_embed is resized, >= 0; the _reg models: 0.0
-    attention_backend: Literal["auto", "sdpa", "xformers"] = "auto"  # auto: sdpa, PyTorch's own
-
-    def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("embed_dim", "depth", "num_heads"):
-            value = getattr(self, name)
-            self.require(name, value is None or value >= 1, "at least 1, or null")
-        self.require("drop_path_rate", 0 <= self.drop_path_rate < 1, "at least 0 and below 1")
-        self.require("layerscale", (self.layerscale or 0) >= 0, "at least 0, or null")
-        self.require("num_register_tokens", self.num_register_tokens >= 0, "at least 0")
-        self.require("interpolate_offset", self.interpolate_offset >= 0, "at least 0")
-        self._require_whole_heads()
-
-    def _require_whole_heads(self) -> None:
-        arch_width, arch_heads = ARCH_WIDTH_AND_HEADS[self.arch]
-        width, heads = self.embed_dim or arch_width, self.num_heads or arch_heads
-        if width % heads:
-            raise ConfigError(
-                f"student.embed_dim={width} is not a multiple of student.num_heads={heads} "
-                f"(student.arch={self.arch} has {arch_width} and {arch_heads}); set both"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from dinov2.configs.config import Config
-from dinov2.configs.tree import leaves, subsections
+from dinov2.configs.tree import REQUIRED, leaves, subsections
 from dinov2.configs.values import split_optional
 
 _WIDTH = 120
@@ -58,8 +58,13 @@ def _section_lines(section: type, *, indent: str) -> Iterator[str]:
         if field.name in inner:
             yield ""
             yield f"{indent}# {inspect.getdoc(inner[field.name]).splitlines()[0]}"
-            yield f"{indent}{field.name}:"
-            yield from _section_lines(inner[field.name], indent=f"{indent}  ")
+            lines = _section_lines(inner[field.name], indent=f"{indent}  ")
+            if field.default is None:  # an optional section, absent by default
+                yield f"{indent}{field.name}: null"
+                lines = (f"# {line}" for line in lines if line)
+            else:
+                yield f"{indent}{field.name}:"
+            yield from lines
         elif section is not Config:
             leaf = leaves(section)[field.name]
             comment = _with_choices(comments[field.name], leaf.annotation)
@@ -83,5 +88,7 @@ def _with_choices(comment: str, annotation: Any) -> str:
 
 
 def _as_yaml(value: Any) -> str:
+    if value is REQUIRED:
+        return "..."
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=_WIDTH).removesuffix("...\n").strip()

@@ -60,12 +60,15 @@ class OptimConfig(Section):
     base_lr: float = 0.004  # peak learning rate at the batch size that scaling_rule names, >= 0
     warmup_epochs: int = 10  # epochs of linear rise from 0 to the peak, 0..epochs
     min_lr: float = 1.0e-06  # learning rate at the end of the cosine, >= 0; not scaled
+    # the schedules of learning rate, weight decay and momentum are made 1 + this as long and cut at epochs, >= 0
+    schedule_trunc_extra: float = 0.0
     clip_grad: float | None = 3.0  # largest gradient norm of a sub-module, >= 0; 0 or null: no clipping
     freeze_last_layer_epochs: int = 1  # epochs in which the heads' last layers stay as they are, >= 0
     # peak learning rate; sqrt_wrt_1024: base_lr * sqrt(global batch / 1024); linear_wrt_256: base_lr * global batch /
     # 256; none: base_lr
     scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
     patch_embed_lr_mult: float = 0.2  # factor on the learning rate of the patch embedding, >= 0
+    dino_head_wd_multiplier: float = 1.0  # factor on the weight decay of the DINO head, >= 0
     layerwise_decay: float = (
         0.9  # factor on the learning rate from one block to the block below it, above 0 and up to 1
     )
@@ -76,15 +79,16 @@ class OptimConfig(Section):
 
     def __post_init__(self) -> None:
         self.require("epochs", self.epochs >= 1, "at least 1")
-        within = 0 <= self.warmup_epochs <= self.epochs
-        self.require("warmup_epochs", within, f"in 0..{self.epochs}, the value of optim.epochs")
         for name in (
+            "warmup_epochs",
             "weight_decay",
             "weight_decay_end",
             "base_lr",
             "min_lr",
             "freeze_last_layer_epochs",
+            "schedule_trunc_extra",
             "patch_embed_lr_mult",
+            "dino_head_wd_multiplier",
         ):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("clip_grad", (self.clip_grad or 0) >= 0, "at least 0, or null")

@@ -39,3 +39,10 @@ class Section:
         """Raise the error sentence of field `name` unless `holds`."""
         if not holds:
             raise ConfigError(f"{self.KEY}.{name}={show_value(getattr(self, name))}: must be {must_be}")
+
+
+def require_rising_and_falling(section: Section) -> None:
+    """Check the five keys of a schedule: linear from start to peak, cosine to end, then constant."""
+    for name in ("start", "peak", "end", "warmup_epochs"):
+        section.require(name, getattr(section, name) >= 0, "at least 0")
+    section.require("cosine_epochs", (section.cosine_epochs or 0) >= 0, "at least 0, or null")

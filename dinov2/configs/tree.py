@@ -7,7 +7,10 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from dinov2.configs.config import Config
-from dinov2.configs.values import convert
+from dinov2.configs.values import convert, split_optional
+from dinov2.errors import ConfigError
+
+REQUIRED = dataclasses.MISSING  # the default of a key that an optional section cannot do without
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Leaf:
 
 
 def subsections(section: type) -> dict[str, type]:
-    """Return the fields of a dataclass that are sections themselves, by name, in order."""
-    hints = get_type_hints(section)
-    return {f.name: hints[f.name] for f in dataclasses.fields(section) if dataclasses.is_dataclass(hints[f.name])}
+    """Return the fields of a dataclass that are sections themselves, optional ones too, by name, in order."""
+    kinds = {name: split_optional(hint)[0] for name, hint in get_type_hints(section).items()}
+    return {f.name: kinds[f.name] for f in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[f.name])}
 
 
 @cache
@@ -58,16 +61,29 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def build(flat: Mapping[str, Any], *, notes: tuple[str, ...] = ()) -> Config:
+def build(flat: Mapping[str, Any], *, notes: tuple[str, ...] = (), refusals: tuple[str, ...] = ()) -> Config:
     """Build the checked tree from raw values by dotted key; keys that are absent keep their defaults."""
     values = {key: convert(key, value, leaves()[key].annotation) for key, value in flat.items()}
-    return Config(**_build_sections(Config, nest(values)), notes=notes)
+    return Config(**_build_sections(Config, nest(values)), notes=notes, refusals=refusals)
 
 
 def _build_sections(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `values` with each nested dict of a subsection replaced by that subsection."""
+    _require_complete(section, values)
     inner = subsections(section)
     return {
         name: inner[name](**_build_sections(inner[name], value)) if name in inner else value
         for name, value in values.items()
     }
+
+
+def _require_complete(section: type, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a section that was begun lacks a key that has no default."""
+    for field in dataclasses.fields(section):
+        if field.name in values or field.default is not REQUIRED or field.default_factory is not REQUIRED:
+            continue
+        missing = f"{section.KEY}.{field.name}"
+        if field.name in subsections(section):
+            example = next(iter(leaves(subsections(section)[field.name])))
+            missing = f"{missing}.{example}"
+        raise ConfigError(f"{missing} is not set: a file with {section.KEY} needs it")

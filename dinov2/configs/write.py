@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from dinov2.configs.config import Config
 from dinov2.configs.section import Section
+from dinov2.configs.tree import subsections
 from dinov2.errors import ConfigError
 
 
@@ -20,6 +21,8 @@ def to_dict(cfg: Config | Section) -> dict[str, Any]:
     for name, value in vars(cfg).items():
         if dataclasses.is_dataclass(value):
             plain[name] = to_dict(value)
+        elif name in subsections(type(cfg)):  # an optional section that is absent
+            plain[name] = None
         elif not isinstance(cfg, Config):  # the root's own fields are not settings
             plain[name] = list(value) if isinstance(value, tuple) else value
     return plain

@@ -107,7 +107,7 @@ def test_edges_of_ranges_are_allowed(overrides):
 def test_named_sizes_are_those_of_the_models():
     import torch
 
-    from dinov2.configs.model_sections import ARCH_WIDTH_AND_HEADS
+    from dinov2.configs.student_section import ARCH_WIDTH_AND_HEADS
     from dinov2.models import build_model
 
     for arch, (width, heads) in ARCH_WIDTH_AND_HEADS.items():
