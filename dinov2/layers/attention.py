@@ -3,7 +3,7 @@
 Shapes: T tokens of all crop sizes, B images of one size with N tokens each, H heads, d features of a head, D = H * d.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,31 @@ from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
 from dinov2.layers.initialisation import init_linear
-from dinov2.layers.packing import Layout, split
+from dinov2.layers.packing import Layout, split, unpack
+from dinov2.layers.rope import Rotation, rotate
+
+Rotations = Sequence[Rotation]  # one for each crop size
+
+
+class LinearKMaskedBias(nn.Linear):
+    """Linear map to queries, keys and values whose keys have no bias (softmax would not see it).
+
+    The bias keeps its full length, and a buffer of ones and zeros takes the place of the keys out, as in the released
+    weights of DINOv3.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("bias_mask", torch.empty_like(self.bias, requires_grad=False))
+        self.init_mask()
+
+    def init_mask(self) -> None:
+        """Set the mask: 1 for queries and values, 0 for keys."""
+        nn.init.ones_(self.bias_mask)
+        nn.init.zeros_(self.bias_mask.chunk(3)[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class SelfAttention(nn.Module):
@@ -25,6 +49,7 @@ class SelfAttention(nn.Module):
         qkv_bias: bias of the input matrix.
         proj_bias: bias of the output matrix.
         attention_backend: "auto", "sdpa" or "xformers"; see `attention`.
+        mask_k_bias: leave the keys without bias; without effect where `qkv_bias` is false.
     """
 
     def __init__(
@@ -34,6 +59,7 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         attention_backend: str = "auto",
+        mask_k_bias: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -41,21 +67,28 @@ class SelfAttention(nn.Module):
         check_backend(attention_backend)
         self.num_heads = num_heads
         self.attention_backend = attention_backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        masked = mask_k_bias and qkv_bias
+        self.qkv = LinearKMaskedBias(dim, 3 * dim) if masked else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set all parameters."""
+        """Set all parameters and buffers."""
         init_linear(self.qkv, generator)
+        if isinstance(self.qkv, LinearKMaskedBias):
+            self.qkv.init_mask()
         init_linear(self.proj, generator)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Return [T, D] for packed tokens [T, D]."""
-        out = attention(self.qkv(x), layout, num_heads=self.num_heads, backend=self.attention_backend)
+    def forward(self, x: Tensor, layout: Layout, rotations: Rotations | None = None) -> Tensor:
+        """Return [T, D] for packed tokens [T, D]; `rotations` turn queries and keys, one for each crop size."""
+        out = attention(
+            self.qkv(x), layout, num_heads=self.num_heads, backend=self.attention_backend, rotations=rotations
+        )
         return self.proj(out)
 
 
-def attention(qkv: Tensor, layout: Layout, *, num_heads: int, backend: str = "auto") -> Tensor:
+def attention(
+    qkv: Tensor, layout: Layout, *, num_heads: int, backend: str = "auto", rotations: Rotations | None = None
+) -> Tensor:
     """Attend within each image.
 
     Args:
@@ -64,11 +97,12 @@ def attention(qkv: Tensor, layout: Layout, *, num_heads: int, backend: str = "au
         num_heads: heads H.
         backend: "sdpa" runs PyTorch's kernel once for each crop size; "xformers" runs one block-diagonal kernel on
             CUDA; "auto" is "sdpa".
+        rotations: angles by which queries and keys are turned, one for each crop size; None for learned positions.
 
     Returns:
         Attended values [T, D].
     """
-    return _BACKENDS[backend](qkv, layout, num_heads)
+    return _BACKENDS[backend](qkv, layout, num_heads, rotations)
 
 
 def check_backend(backend: str) -> None:
@@ -79,19 +113,33 @@ def check_backend(backend: str) -> None:
         _import_xformers()
 
 
-def _sdpa(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+def _sdpa(qkv: Tensor, layout: Layout, num_heads: int, rotations: Rotations | None) -> Tensor:
     parts = []
-    for rows, (num_images, num_tokens) in zip(split(qkv, layout), layout, strict=True):
-        q, k, v = rows.view(num_images, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d]
+    for i, (rows, (num_images, num_tokens)) in enumerate(zip(split(qkv, layout), layout, strict=True)):
+        rows = rows.view(num_images, num_tokens, 3, num_heads, -1)  # [B, N, 3, H, d]
+        if rotations is None:
+            q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d]
+        else:
+            q, k = rotate(rows[:, :, :2], rotations[i]).permute(2, 0, 3, 1, 4).unbind(0)
+            v = rows[:, :, 2].transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v)
         parts.append(out.transpose(1, 2).reshape(num_images * num_tokens, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _xformers(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    q, k, v = qkv.view(1, qkv.shape[0], 3, num_heads, -1).unbind(2)  # [1, T, H, d]
-    out = _import_xformers().memory_efficient_attention(q, k, v, attn_bias=_block_diagonal(layout))
+def _xformers(qkv: Tensor, layout: Layout, num_heads: int, rotations: Rotations | None) -> Tensor:
+    qkv = qkv.view(qkv.shape[0], 3, num_heads, -1)  # [T, 3, H, d]
+    q, k, v = qkv.unbind(1)
+    if rotations is not None:
+        q, k = rotate_packed(qkv[:, :2], layout, rotations).unbind(1)
+    out = _import_xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=_block_diagonal(layout))
     return out.reshape(qkv.shape[0], -1)
+
+
+def rotate_packed(x: Tensor, layout: Layout, rotations: Rotations) -> Tensor:
+    """Turn packed queries or keys [T, ..., d], each crop size by its own rotation."""
+    parts = [rotate(part, rotation) for part, rotation in zip(unpack(x, layout), rotations, strict=True)]
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 @lru_cache(maxsize=8)
@@ -112,4 +160,5 @@ def _import_xformers() -> Any:
     return xformers.ops
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Layout, int], Tensor]] = {"auto": _sdpa, "sdpa": _sdpa, "xformers": _xformers}
+_Backend = Callable[[Tensor, Layout, int, Rotations | None], Tensor]
+_BACKENDS: dict[str, _Backend] = {"auto": _sdpa, "sdpa": _sdpa, "xformers": _xformers}

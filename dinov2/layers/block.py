@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers.attention import SelfAttention
+from dinov2.layers.attention import Rotations, SelfAttention
 from dinov2.layers.drop_path import add_residual
 from dinov2.layers.initialisation import init_norm
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
+from dinov2.layers.norms import NORM_LAYERS, NormLayer
 from dinov2.layers.packing import Layout
 
 
@@ -28,6 +29,8 @@ class Block(nn.Module):
         init_values: initial LayerScale factor; None or 0 for no LayerScale.
         ffn_layer: builds the feed-forward network, called as `Mlp` is.
         attention_backend: see `dinov2.layers.attention.attention`.
+        norm_layer: builds a normalisation of D features.
+        mask_k_bias: see `dinov2.layers.attention.SelfAttention`.
     """
 
     def __init__(
@@ -42,20 +45,27 @@ class Block(nn.Module):
         init_values: float | None = None,
         ffn_layer: Callable[..., nn.Module] = Mlp,
         attention_backend: str = "auto",
+        norm_layer: NormLayer = NORM_LAYERS["layernorm"],
+        mask_k_bias: bool = False,
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = norm_layer(dim)
         self.attn = SelfAttention(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attention_backend=attention_backend
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attention_backend=attention_backend,
+            mask_k_bias=mask_k_bias,
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = norm_layer(dim)
         self.mlp = ffn_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set all parameters."""
+        """Set all parameters and buffers."""
         init_norm(self.norm1)
         init_norm(self.norm2)
         self.attn.init_weights(generator)
@@ -64,16 +74,20 @@ class Block(nn.Module):
             if isinstance(scale, LayerScale):
                 scale.init_weights(generator)
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        """Return tokens of the same shape: packed [T, D] with their layout, or [B, N, D] without one."""
-        if layout is None:
-            return self.forward(x.flatten(0, 1), ((x.shape[0], x.shape[1]),)).view_as(x)
-        drop_rate = self.drop_path_rate if self.training else 0.0
-        x = add_residual(x, self._attend, layout, gamma=_gamma(self.ls1), drop_rate=drop_rate)
-        return add_residual(x, self._feed_forward, layout, gamma=_gamma(self.ls2), drop_rate=drop_rate)
+    def forward(self, x: Tensor, layout: Layout | None = None, rotations: Rotations | None = None) -> Tensor:
+        """Return tokens of the same shape: packed [T, D] with their layout, or [B, N, D] without one.
 
-    def _attend(self, x: Tensor, layout: Layout) -> Tensor:
-        return self.attn(self.norm1(x), layout)
+        `rotations` turn queries and keys, one for each crop size; None for learned positions.
+        """
+        if layout is None:
+            return self.forward(x.flatten(0, 1), ((x.shape[0], x.shape[1]),), rotations).view_as(x)
+
+        def attend(x: Tensor, layout: Layout) -> Tensor:
+            return self.attn(self.norm1(x), layout, rotations)
+
+        drop_rate = self.drop_path_rate if self.training else 0.0
+        x = add_residual(x, attend, layout, gamma=_gamma(self.ls1), drop_rate=drop_rate)
+        return add_residual(x, self._feed_forward, layout, gamma=_gamma(self.ls2), drop_rate=drop_rate)
 
     def _feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
         return self.mlp(self.norm2(x))

@@ -11,7 +11,8 @@ def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> N
         nn.init.zeros_(layer.bias)
 
 
-def init_norm(layer: nn.LayerNorm) -> None:
-    """Set scale one and shift zero."""
+def init_norm(layer: nn.LayerNorm | nn.RMSNorm) -> None:
+    """Set scale one and, where there is one, shift zero."""
     nn.init.ones_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinov2.errors import ConfigError
-from dinov2.models.vision_transformer import DinoVisionTransformer, build_model
+from dinov2.models import DinoVisionTransformer, build_model
 
 TOKENS = ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm")
 
@@ -211,6 +211,11 @@ def test_sizes_can_be_overridden():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ConfigError) as error:
         build_model("vit_huge")
-    assert str(error.value) == "arch=vit_huge: must be one of vit_tiny, vit_small, vit_base, vit_large, vit_giant2"
-    with pytest.raises(ConfigError, match=r"^ffn_layer=moe: must be one of mlp, swiglufused, swiglu$"):
+    assert str(error.value) == (
+        "arch=vit_huge: must be one of vit_tiny, vit_small, vit_base, vit_large, vit_so400m, vit_huge2, vit_giant2, "
+        "vit_7b"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^ffn_layer=moe: must be one of mlp, swiglu, swiglufused, swiglu32, swiglu64, swiglu128$"
+    ):
         tiny(ffn_layer="moe")

@@ -5,7 +5,7 @@ import timm
 import torch
 from support.golden import golden_shapes, load_golden, state_dict_of
 
-from dinov2.models.vision_transformer import DinoVisionTransformer, build_model
+from dinov2.models import DinoVisionTransformer, build_model
 
 VARIANTS = {
     "vit_v2_plain": {},
