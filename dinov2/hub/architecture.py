@@ -13,7 +13,16 @@ from typing import Any, Protocol
 from dinov2.errors import CheckpointError
 from dinov2.models.vision_transformer import SIZES
 
-__all__ = ["Architecture", "Head", "Shaped", "describe_architecture", "describe_head"]
+__all__ = [
+    "Architecture",
+    "Head",
+    "Shaped",
+    "Shapes",
+    "arch_of_width",
+    "describe_architecture",
+    "describe_head",
+    "format_settings",
+]
 
 
 class Shaped(Protocol):
@@ -107,7 +116,7 @@ class Architecture:
         return found
 
     def _size(self) -> dict[str, Any]:
-        base = self.arch or _arch_of_width(self.embed_dim) or "vit_small"
+        base = self.arch or arch_of_width(self.embed_dim) or "vit_small"
         size: dict[str, Any] = {"student.arch": base}
         for key in ("embed_dim", "depth", "num_heads"):
             value = getattr(self, key)
@@ -199,7 +208,8 @@ def _num_heads(state: Shapes, embed_dim: int, arch: str | None) -> int | None:
     return None if arch is None else SIZES[arch]["num_heads"]
 
 
-def _arch_of_width(embed_dim: int) -> str | None:
+def arch_of_width(embed_dim: int) -> str | None:
+    """Name the first size of this width, if there is one."""
     return next((name for name, size in SIZES.items() if size["embed_dim"] == embed_dim), None)
 
 
@@ -253,3 +263,16 @@ def describe_head(state: Shapes) -> Head | None:
         num_prototypes=last.shape[0],
         weight_norm=weight_norm,
     )
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Write settings as a command line takes them: `student.arch=vit_small student.layerscale=null`."""
+    return " ".join(f"{key}={_format_value(value)}" for key, value in settings.items())
+
+
+def _format_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}".replace("e-0", "e-") if isinstance(value, float) else str(value)

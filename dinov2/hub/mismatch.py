@@ -1,135 +1,258 @@
-"""Say in one sentence why a state dict does not fit a backbone: which setting is off, and what it should be.
+"""Say in one sentence why weights do not fit a backbone: which setting is off, and what it should be.
 
-The settings are read from tensor names and shapes, the same way for the file and for the model, and compared in the
-order in which one explains the next (a wrong width makes every tensor differ).
+File and model are described by the same function, from names and shapes, and compared in the order in which one
+difference explains the next (another family or width changes every tensor).
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
-
-State = Mapping[str, Tensor]
-
-_SIZES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1536: "vit_giant2"}
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
-_FOREIGN = (
-    ("embeddings.patch_embeddings", "Hugging Face transformers"),
-    ("embeddings.cls_token", "Hugging Face transformers"),
-    ("reg_token", "timm"),
-    ("rope_embed.periods", "DINOv3"),
-    ("storage_tokens", "DINOv3"),
+from dinov2.errors import CheckpointError
+from dinov2.hub.architecture import (
+    Architecture,
+    Shapes,
+    arch_of_width,
+    describe_architecture,
+    describe_head,
+    format_settings,
 )
 
+__all__ = ["explain_head_mismatch", "explain_mismatch"]
 
-def explain_mismatch(model: State, file: State, *, may_be_missing: Collection[str]) -> str | None:
+_FAMILIES = {"dinov1": "DINO (v1)", "dinov2": "DINOv2", "dinov3": "DINOv3"}
+_PARTIAL = "set student.allow_partial_weights=true to load what fits"
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """One difference of architectures: what is so in the file and in the model, and settings that end it."""
+
+    text: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    alternative: str = ""
+
+
+def explain_mismatch(model: Shapes, file: Shapes, *, may_be_missing: Collection[str]) -> str | None:
     """Compare names and shapes.
 
     Args:
         model: state dict of the backbone.
-        file: state dict with the official names.
-        may_be_missing: names that the file need not have.
+        file: the same names of the file; tensors that can be resized already have the model's shape.
+        may_be_missing: names of the model that the file need not have.
 
     Returns:
-        None when the file fits, else a sentence that names the likely cause.
+        None when the file fits, else a sentence that names the likely cause, and all settings that differ.
     """
     missing = [name for name in model if name not in file and name not in may_be_missing]
-    unexpected = [name for name in file if name not in model]
+    unknown = [name for name in file if name not in model]
     reshaped = [name for name in model if name in file and model[name].shape != file[name].shape]
-    if not (missing or unexpected or reshaped):
+    if not (missing or unknown or reshaped):
         return None
-    for start, origin in _FOREIGN:
-        if any(name.startswith(start) for name in unexpected):
-            return f"holds a backbone with the names of {origin}, which cannot be read here; use DINOv2's own .pth file"
-    if "cls_token" not in file or "patch_embed.proj.weight" not in file:
-        return (
-            f"is not a vision transformer of DINOv2 (no cls_token or patch_embed); its first name is {next(iter(file))}"
-        )
-    for explain in _EXPLANATIONS:
-        sentence = explain(model, file)
-        if sentence:
-            return sentence
+    try:
+        differences = _compare(describe_architecture(file), describe_architecture(model))
+    except CheckpointError as error:  # the file has not even the parts that tell its architecture
+        if len(missing) == len(model) - sum(name in may_be_missing for name in model):
+            return str(error)
+        return _coverage(model, missing=missing, unknown=unknown, reshaped=reshaped)
+    if not differences:
+        return _coverage(model, missing=missing, unknown=unknown, reshaped=reshaped)
+    first, *others = differences
+    sentence = first.text
+    if first.settings:
+        sentence += f"; set {format_settings(first.settings)}{first.alternative}"
+    more = {key: value for other in others for key, value in other.settings.items() if key not in first.settings}
+    return f"{sentence}, and {format_settings(more)}" if more else sentence
+
+
+def _coverage(model: Shapes, *, missing: list[str], unknown: list[str], reshaped: list[str]) -> str:
+    if "pos_embed" in reshaped:
+        return "its pos_embed has positions that are not those of a class token and a square grid"
     parts = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "tensors missing"), (unexpected, "unknown"), (reshaped, "of another shape"))
+        f"{what} (first: {names[0]})"
+        for names, what in (
+            (missing, f"{len(missing)} are missing"),
+            (unknown, f"{len(unknown)} are unknown"),
+            (reshaped, f"{len(reshaped)} have another shape"),
+        )
         if names
     ]
-    return f"does not fit the model: {', '.join(parts)}"
+    fitting = len(model) - len(missing) - len(reshaped)
+    return f"it holds {fitting} of the model's {len(model)} tensors: {', '.join(parts)}; {_PARTIAL}"
 
 
-def _explain_width(model: State, file: State) -> str | None:
-    want, have = model["cls_token"].shape[-1], file["cls_token"].shape[-1]
-    if want == have:
+def _compare(file: Architecture, model: Architecture) -> list[_Difference]:
+    resnet = _compare_resnets(file, model)
+    if resnet:
+        return [resnet]
+    return [difference for explain in _EXPLANATIONS if (difference := explain(file, model))]
+
+
+def _compare_resnets(file: Architecture, model: Architecture) -> _Difference | None:
+    if "resnet" not in (file.family, model.family) or file.arch == model.arch:
         return None
-    size = f"; set student.arch={_SIZES[have]}" if have in _SIZES else f"; set student.embed_dim={have}"
-    return f"its embedding has {have} features but the model's has {want}{size}"
+    return _Difference(f"it is {_kind(file)} but the model is {_kind(model)}", _size_settings(file))
 
 
-def _explain_depth(model: State, file: State) -> str | None:
-    want, have = _num_blocks(model), _num_blocks(file)
-    return None if want == have else f"it has {have} blocks but the model has {want}; set student.arch or student.depth"
+def _kind(architecture: Architecture) -> str:
+    if architecture.family == "resnet":
+        return f"a ResNet ({architecture.arch})"
+    return f"a vision transformer ({architecture.arch or f'{architecture.embed_dim} features'})"
 
 
-def _num_blocks(state: State) -> int:
-    return len({match[1] for name in state if (match := _BLOCK.match(name))})
+def _explain_family(file: Architecture, model: Architecture) -> _Difference | None:
+    if file.has_rope == model.has_rope:
+        return None
+    positions = {True: "rotary positions", False: "learned positions"}
+    text = (
+        f"it is a {_FAMILIES[file.family]} backbone ({positions[file.has_rope]}) "
+        f"but the model is a {_FAMILIES[model.family]} one ({positions[model.has_rope]})"
+    )
+    defaults = "dinov3" if file.has_rope else "dinov2"
+    settings = {"student.pos_embed_type": "rope" if file.has_rope else "learned"}
+    if file.norm_layer != model.norm_layer:
+        settings["student.norm_layer"] = file.norm_layer
+    return _Difference(text, settings, f" (or defaults={defaults})")
 
 
-def _explain_ffn(model: State, file: State) -> str | None:
-    want, have = _ffn(model), _ffn(file)
-    return (
-        None
-        if want == have
-        else f"its blocks have the FFN '{have}' but the model's '{want}'; set student.ffn_layer={have}"
+def _size_settings(architecture: Architecture) -> dict[str, Any]:
+    if architecture.arch:
+        return {"student.arch": architecture.arch}
+    size = {"student.embed_dim": architecture.embed_dim, "student.depth": architecture.depth}
+    arch = arch_of_width(architecture.embed_dim)  # for its number of heads, which the shapes do not tell
+    return {"student.arch": arch, "student.depth": architecture.depth} if arch else size
+
+
+def _explain_width(file: Architecture, model: Architecture) -> _Difference | None:
+    if file.embed_dim == model.embed_dim:
+        return None
+    settings = _size_settings(file)
+    if file.depth == model.depth and not file.arch:
+        del settings["student.depth"]
+    text = f"its embedding has {file.embed_dim} features but the model's has {model.embed_dim}"
+    return _Difference(text, settings)
+
+
+def _explain_depth(file: Architecture, model: Architecture) -> _Difference | None:
+    if file.depth == model.depth or file.embed_dim != model.embed_dim:
+        return None
+    settings = {"student.arch": file.arch} if file.arch else {"student.depth": file.depth}
+    return _Difference(f"it has {file.depth} blocks but the model has {model.depth}", settings)
+
+
+def _explain_heads(file: Architecture, model: Architecture) -> _Difference | None:
+    """Compare heads of rotary positions, where the shapes tell them."""
+    same_width = file.embed_dim == model.embed_dim
+    if not (file.has_rope and model.has_rope and same_width) or file.num_heads == model.num_heads:
+        return None
+    if None in (file.num_heads, model.num_heads):
+        return None
+    return _Difference(
+        f"it has {file.num_heads} attention heads but the model has {model.num_heads}",
+        {"student.num_heads": file.num_heads},
     )
 
 
-def _ffn(state: State) -> str:
-    return "swiglufused" if "blocks.0.mlp.w12.weight" in state else "mlp"
-
-
-def _explain_registers(model: State, file: State) -> str | None:
-    want, have = _num_registers(model), _num_registers(file)
-    if want == have:
+def _explain_ffn(file: Architecture, model: Architecture) -> _Difference | None:
+    ratio = {}
+    if abs(file.ffn_ratio - model.ffn_ratio) * file.embed_dim >= 16:  # more than rounding to multiples of 8 makes
+        ratio = {"student.ffn_ratio": file.ffn_ratio}
+    if file.ffn_layer != model.ffn_layer:
+        text = f"its blocks have the FFN '{file.ffn_layer}' but the model's '{model.ffn_layer}'"
+        return _Difference(text, {"student.ffn_layer": file.ffn_layer} | ratio)
+    if file.ffn_hidden == model.ffn_hidden or not ratio and file.embed_dim != model.embed_dim:
         return None
-    return f"it has {have} register tokens but the model has {want}; set student.num_register_tokens={have}"
+    text = f"the FFN of its blocks is {file.ffn_hidden} wide but the model's is {model.ffn_hidden}"
+    return _Difference(text, {"student.ffn_ratio": file.ffn_ratio})
 
 
-def _num_registers(state: State) -> int:
-    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
-
-
-def _explain_layer_scale(model: State, file: State) -> str | None:
-    want, have = "blocks.0.ls1.gamma" in model, "blocks.0.ls1.gamma" in file
-    if want == have:
+def _explain_registers(file: Architecture, model: Architecture) -> _Difference | None:
+    if file.num_registers == model.num_registers:
         return None
-    if have:
-        return "it has LayerScale but the model has none; set student.layerscale=1e-5"
-    return "it has no LayerScale but the model has; set student.layerscale=null"
+    settings: dict[str, Any] = {"student.num_register_tokens": file.num_registers}
+    if file.family == "dinov2":  # the positions of DINOv2's models with registers are resized by another rule
+        has = file.num_registers > 0
+        settings |= {"student.interpolate_antialias": has, "student.interpolate_offset": 0.0 if has else 0.1}
+    text = f"it has {file.num_registers} register tokens but the model has {model.num_registers}"
+    return _Difference(text, settings)
 
 
-def _explain_patch_embed(model: State, file: State) -> str | None:
-    name = "patch_embed.proj.weight"  # [D, channels, p, p]
-    want, have = model[name].shape, file[name].shape
-    if want[-1] != have[-1]:
-        return f"its patch size is {have[-1]} but the model's is {want[-1]}; set student.patch_size={have[-1]}"
-    if want[1] != have[1]:
-        return f"it takes images of {have[1]} channels but the model takes {want[1]}; set student.in_chans={have[1]}"
-    return None
-
-
-def _explain_positions(model: State, file: State) -> str | None:
-    want, have = model["pos_embed"].shape[1], file["pos_embed"].shape[1]
-    if want == have:
+def _explain_layer_scale(file: Architecture, model: Architecture) -> _Difference | None:
+    if file.layerscale == model.layerscale:
         return None
-    return f"its pos_embed has {have} positions, which are not a class token and a square grid; the model has {want}"
+    if file.layerscale:
+        return _Difference("it has LayerScale but the model has none", {"student.layerscale": 1e-5})
+    origin = "; it may come from DINO (v1)" if file.family == "dinov1" else ""
+    return _Difference(f"it has no LayerScale but the model has{origin}", {"student.layerscale": None})
 
 
-_EXPLANATIONS: tuple[Callable[[State, State], str | None], ...] = (
+def _explain_norm(file: Architecture, model: Architecture) -> _Difference | None:
+    is_rms = file.norm_layer == "rmsnorm"
+    if is_rms == (model.norm_layer == "rmsnorm"):
+        return None
+    names = {True: "RMSNorm", False: "LayerNorm"}
+    return _Difference(
+        f"it has {names[is_rms]} but the model {names[not is_rms]}", {"student.norm_layer": file.norm_layer}
+    )
+
+
+def _explain_flag(name: str, what: str) -> Callable[[Architecture, Architecture], _Difference | None]:
+    def explain(file: Architecture, model: Architecture) -> _Difference | None:
+        want, have = getattr(model, name), getattr(file, name)
+        if want == have:
+            return None
+        text = f"it has {what} but the model has none" if have else f"it has no {what} but the model has"
+        return _Difference(text, {f"student.{name}": have})
+
+    return explain
+
+
+def _explain_extra(name: str, what: str) -> Callable[[Architecture, Architecture], _Difference | None]:
+    """Compare a part that a file need not have."""
+
+    def explain(file: Architecture, model: Architecture) -> _Difference | None:
+        if not getattr(file, name) or getattr(model, name):
+            return None
+        return _Difference(f"it has {what} but the model has none", {f"student.{name}": True})
+
+    return explain
+
+
+_EXPLANATIONS: tuple[Callable[[Architecture, Architecture], _Difference | None], ...] = (
+    _explain_family,
     _explain_width,
     _explain_depth,
+    _explain_heads,
     _explain_ffn,
     _explain_registers,
     _explain_layer_scale,
-    _explain_patch_embed,
-    _explain_positions,
+    _explain_norm,
+    _explain_flag("qkv_bias", "biases of query, key and value"),
+    _explain_flag("proj_bias", "biases of the attention's output"),
+    _explain_flag("ffn_bias", "biases of the feed-forward part"),
+    _explain_extra("mask_k_bias", "a mask for the bias of keys (bias_mask)"),
+    _explain_flag("untie_cls_and_patch_norms", "an own norm for the class token (cls_norm)"),
+    _explain_extra("untie_global_and_local_cls_norm", "an own norm for local crops (local_cls_norm)"),
 )
+
+
+def explain_head_mismatch(model: Shapes, file: Shapes) -> str | None:
+    """Compare a projection head of a file with the model's; None where it fits, else what differs."""
+    if model.keys() == file.keys() and all(model[name].shape == file[name].shape for name in model):
+        return None
+    have, want = describe_head(file), describe_head(model)
+    if have is None or want is None:
+        return "it is not a projection head of this kind"
+    parts = [
+        f"{text} {getattr(have, name)} instead of {getattr(want, name)}"
+        for name, text in (
+            ("num_prototypes", "prototypes:"),
+            ("bottleneck_dim", "bottleneck features:"),
+            ("hidden_dim", "hidden features:"),
+            ("num_layers", "layers:"),
+            ("in_dim", "input features:"),
+            ("weight_norm", "weight normalisation:"),
+        )
+        if getattr(have, name) != getattr(want, name)
+    ]
+    return ", ".join(parts) or "its tensors have other names"
