@@ -1,7 +1,8 @@
 """KoLeo regulariser: keep class tokens of a batch apart on the unit sphere.
 
-Shapes: B images on this rank, D features, W ranks.
-Source: Sablayrolles et al. 2018, arXiv:1806.03198; weight 0.1 in DINOv2.
+Shapes: B images on this rank, D features, W ranks, N images that are looked at for neighbours.
+Source: Sablayrolles et al. 2018, arXiv:1806.03198; weight 0.1 in DINOv2. Groups and several neighbours: DINOv3's
+`KoLeoLossDistributed`.
 """
 
 import torch
@@ -12,30 +13,49 @@ from dinov2.distributed import all_gather_cat_autograd, get_rank
 
 
 class KoLeoLoss(nn.Module):
-    """Mean negative log distance of each row to its nearest other row.
+    """Mean negative log distance of each row to its nearest other rows.
 
     Args:
         distributed: look for neighbours, and send gradients to them, in the batches of all ranks.
+        topk: number of nearest rows, >= 1; the mean is over all B * topk distances.
+        group_size: look for neighbours only within groups of so many consecutive rows, counted through the ranks if
+            `distributed`; must divide their number. None: all rows are one group.
     """
 
-    def __init__(self, *, distributed: bool = False) -> None:
+    def __init__(self, *, distributed: bool = False, topk: int = 1, group_size: int | None = None) -> None:
         super().__init__()
         self.distributed = distributed
+        self.topk = topk
+        self.group_size = group_size
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the loss of rows [B, D], 0-dim float32; 0 where there is no other row.
 
         Two equal rows give a large, finite loss: the distance has a floor of about `eps`.
+
+        Raises:
+            ValueError: the groups do not fit the number of rows, or have no `topk` other rows.
         """
         with torch.autocast(student_output.device.type, enabled=False):
             rows = F.normalize(student_output.float(), eps=eps, p=2, dim=-1)
-            everyone = all_gather_cat_autograd(rows) if self.distributed else rows  # [W * B, D]
+            everyone = all_gather_cat_autograd(rows) if self.distributed else rows  # [N, D]
             if len(everyone) < 2:
                 return (rows * 0).sum()
-            own = torch.arange(len(rows), device=rows.device) + (get_rank() * len(rows) if self.distributed else 0)
-            with torch.no_grad():
-                similarity = rows @ everyone.T  # [B, W * B]
-                similarity.scatter_(1, own.unsqueeze(1), -2.0)
-                nearest = similarity.argmax(dim=1)
-            distance = F.pairwise_distance(rows, everyone[nearest], p=2, eps=eps)
+            neighbours = everyone[self._nearest(rows.detach(), everyone.detach())]  # [B, topk, D]
+            distance = F.pairwise_distance(rows.unsqueeze(1), neighbours, p=2, eps=eps)  # [B, topk]
             return -torch.log(distance + eps).mean()
+
+    def _nearest(self, rows: Tensor, everyone: Tensor) -> Tensor:
+        """Positions of each row's neighbours among all rows, [B, topk]."""
+        group_size = len(everyone) if self.group_size is None else self.group_size
+        if len(everyone) % group_size or group_size <= self.topk:
+            raise ValueError(
+                f"{len(everyone)} rows cannot be split into groups of {group_size} with {self.topk} neighbours for each"
+            )
+        first = get_rank() * len(rows) if self.distributed else 0
+        own = torch.arange(first, first + len(rows), device=rows.device)  # [B]
+        others = torch.arange(len(everyone), device=rows.device)  # [N]
+        similarity = rows @ everyone.T  # [B, N]
+        apart = own.unsqueeze(1) // group_size != others // group_size
+        similarity.masked_fill_(apart | (own.unsqueeze(1) == others), -2.0)
+        return similarity.topk(self.topk, dim=1).indices

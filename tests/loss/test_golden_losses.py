@@ -66,3 +66,48 @@ def test_chunked_ibot_loss_equals_the_official_one(golden):
 
 def test_koleo(golden):
     torch.testing.assert_close(KoLeoLoss()(golden["koleo_in"]), golden["koleo"], **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def golden_v3() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in load_golden("losses_v3").items()}
+
+
+def test_sinkhorn_of_dinov3(golden_v3):
+    assignments = DINOLoss(32).sinkhorn_knopp_teacher(golden_v3["teacher_logits"].clone(), TEMPERATURE)
+    torch.testing.assert_close(assignments.dense(), golden_v3["sinkhorn_0.06"], **CLOSE)
+    assignments = iBOTPatchLoss(32).sinkhorn_knopp_teacher(golden_v3["ibot_teacher_logits"].clone(), TEMPERATURE)
+    torch.testing.assert_close(assignments.dense(), golden_v3["ibot_sinkhorn"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "ignore_diagonal"), [("dino_global_ignore_diagonal", True), ("dino_global_all", False)]
+)
+def test_dino_loss_of_dinov3(golden_v3, name, ignore_diagonal):
+    loss, targets = DINOLoss(32), golden_v3["sinkhorn_0.06"]
+    stacked = targets.view(2, 6, 32)
+    dense_local = loss(golden_v3["student_local"], stacked) / 8
+    dense_global = loss(golden_v3["student_global"], stacked, ignore_diagonal=ignore_diagonal)
+    torch.testing.assert_close(dense_local, golden_v3["dino_local"], **CLOSE)
+    torch.testing.assert_close(dense_global / (2 if ignore_diagonal else 4), golden_v3[name], **CLOSE)
+
+    criterion = loss.criterion(Assignments(targets), num_local_crops=4, ignore_diagonal=ignore_diagonal)
+    scores = torch.cat([golden_v3["student_global"], golden_v3["student_local"]]).flatten(0, 1)
+    total, local_mean, global_mean = criterion(scores, torch.eye(32))  # scores are the features themselves
+    torch.testing.assert_close(local_mean, golden_v3["dino_local"], **CLOSE)
+    torch.testing.assert_close(global_mean, golden_v3[name], **CLOSE)
+    num_global = 2 if ignore_diagonal else 4
+    torch.testing.assert_close(total, (8 * local_mean + num_global * global_mean) / (8 + num_global), **CLOSE)
+
+
+def test_ibot_loss_of_dinov3(golden_v3):
+    loss, masks, weights = iBOTPatchLoss(32), golden_v3["ibot_masks"], golden_v3["ibot_weights"]
+    student, targets = golden_v3["ibot_student_logits"], golden_v3["ibot_sinkhorn"]
+    torch.testing.assert_close(loss.forward_masked(student, targets, masks, weights), golden_v3["ibot_loss"], **CLOSE)
+    criterion = loss.criterion(Assignments(targets), masks_weight=weights, num_images=len(masks))
+    torch.testing.assert_close(criterion(student, torch.eye(32))[0], golden_v3["ibot_loss"], **CLOSE)
+
+
+def test_koleo_of_dinov3(golden_v3):
+    for loss in (KoLeoLoss(), KoLeoLoss(distributed=True)):
+        torch.testing.assert_close(loss(golden_v3["koleo_in"]), golden_v3["koleo"], **CLOSE)

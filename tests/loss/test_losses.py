@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.dist import run_distributed
 
+from dinov2.distributed import get_rank, get_world_size
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import sinkhorn
@@ -66,7 +68,8 @@ def test_sinkhorn_of_no_rows_is_empty():
 
 @pytest.mark.parametrize("num_local", [0, 1, 3])
 @pytest.mark.parametrize("centering", ["softmax_center_teacher", "sinkhorn_knopp_teacher"])
-def test_chunked_dino_loss_and_gradients_equal_the_dense_ones(num_local, centering, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"ignore_diagonal": False}, {"local_weight": 0.3}, {"local_weight": 0.0}])
+def test_chunked_dino_loss_and_gradients_equal_the_dense_ones(num_local, centering, options, monkeypatch):
     monkeypatch.setattr("dinov2.loss.prototype_cross_entropy._BLOCK_BYTES", {"cpu": 4 * 24 * 5})  # several blocks
     num_images, loss = 7, DINOLoss(24)
     scores = unit(2 * num_images, 8, seed=2) @ unit(24, 8, seed=3).T
@@ -74,17 +77,21 @@ def test_chunked_dino_loss_and_gradients_equal_the_dense_ones(num_local, centeri
     features = [unit((2 + num_local) * num_images, 8, seed=4).requires_grad_() for _ in range(2)]
     prototypes = [unit(24, 8, seed=5).requires_grad_() for _ in range(2)]
 
-    chunked, local, everything = loss.criterion(teacher, num_local_crops=num_local)(features[0], prototypes[0])
-    first, second = teacher.dense().chunk(2)
+    criterion = loss.criterion(teacher, num_local_crops=num_local, **options)
+    chunked, local_mean, global_mean = criterion(features[0], prototypes[0])
+    both = teacher.dense().chunk(2)
     student = (features[1] @ prototypes[1].T).chunk(2 + num_local)
-    num_terms = 2 + max(2 * num_local, 1)
-    dense_global = (loss(student[:1], [second]) + loss(student[1:2], [first])) / num_terms
-    dense_local = loss(student[2:], [first, second]) / num_terms if num_local else torch.zeros(())
+    ignore_diagonal = options.get("ignore_diagonal", True)
+    num_global, num_local_pairs = 2 if ignore_diagonal else 4, 2 * num_local
+    dense_global = loss(student[:2], both, ignore_diagonal=ignore_diagonal)
+    dense_local = loss(student[2:], both) if num_local else torch.zeros(())
+    dense = (dense_global + options.get("local_weight", 1.0) * dense_local) / (num_global + max(num_local_pairs, 1))
 
-    torch.testing.assert_close(everything, dense_global)
-    torch.testing.assert_close(local, dense_local)
+    torch.testing.assert_close(chunked, dense)
+    torch.testing.assert_close(global_mean, dense_global / num_global)
+    torch.testing.assert_close(local_mean, dense_local / max(num_local_pairs, 1))
     (3.0 * chunked).backward()
-    (3.0 * (dense_global + dense_local)).backward()
+    (3.0 * dense).backward()
     torch.testing.assert_close(features[0].grad, features[1].grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(prototypes[0].grad, prototypes[1].grad, rtol=1e-4, atol=1e-6)
 
@@ -160,6 +167,53 @@ def test_koleo_stays_finite(rows):
     value = KoLeoLoss()(rows)
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(rows.grad).all()
+
+
+@pytest.mark.parametrize(("topk", "group_size"), [(1, None), (3, None), (1, 4), (2, 3), (3, 6)])
+def test_koleo_within_groups_equals_one_distance_at_a_time(topk, group_size):
+    rows = unit(12, 8).requires_grad_()
+    value = KoLeoLoss(topk=topk, group_size=group_size)(rows)
+    (gradient,) = torch.autograd.grad(value, rows)
+
+    size, logs = group_size or 12, []
+    for i in range(12):
+        others = [j for j in range(i // size * size, i // size * size + size) if j != i]
+        distances = torch.stack([(rows[i] - rows[j]).norm() for j in others])
+        logs.append(distances.sort().values[:topk].log())
+    expected = -torch.cat(logs).mean()
+    torch.testing.assert_close(value, expected)
+    # The loss divides rows by their length, 1, so its gradient has no part along them.
+    (plain,) = torch.autograd.grad(expected, rows)
+    torch.testing.assert_close(gradient, plain - (plain * rows).sum(1, keepdim=True) * rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("topk", "group_size"), [(1, 5), (3, 3), (12, None)])
+def test_koleo_groups_that_do_not_fit_are_an_error(topk, group_size):
+    size = group_size or 12
+    with pytest.raises(
+        ValueError, match=f"12 rows cannot be split into groups of {size} with {topk} neighbours for each"
+    ):
+        KoLeoLoss(topk=topk, group_size=group_size)(unit(12, 8))
+
+
+def koleo_of_rank() -> list[dict]:
+    """Losses and gradients of this rank's rows; groups larger, as large and smaller than what a rank holds."""
+    results = []
+    for topk, group_size in [(1, None), (3, None), (2, 6), (1, 4), (1, 2)]:
+        rows = unit(12, 8).chunk(get_world_size())[get_rank()].requires_grad_()
+        loss = KoLeoLoss(distributed=True, topk=topk, group_size=group_size)(rows)
+        loss.backward()
+        results.append({"loss": loss.detach(), "gradient": rows.grad})
+    return results
+
+
+@pytest.mark.dist
+def test_koleo_of_two_ranks_equals_that_of_one():
+    ranks = run_distributed(koleo_of_rank)
+    for one, first, second in zip(koleo_of_rank(), *ranks, strict=True):
+        torch.testing.assert_close((first["loss"] + second["loss"]) / 2, one["loss"])
+        # A rank's gradients are of its own mean; averaged over ranks they are those of the whole mean.
+        torch.testing.assert_close(torch.cat([first["gradient"], second["gradient"]]) / 2, one["gradient"])
 
 
 def test_dino_loss_stays_finite_for_duplicates_and_a_batch_of_one():
