@@ -186,7 +186,7 @@ def _describe_vit(state: Shapes) -> Architecture:
         proj_bias="blocks.0.attn.proj.bias" in state,
         ffn_bias=any(f"blocks.0.mlp.{name}.bias" in state for name in ("fc1", "w12", "w1")),
         mask_k_bias="blocks.0.attn.qkv.bias_mask" in state,
-        norm_layer="rmsnorm" if "norm.bias" not in state else "layernormbf16" if is_rope else "layernorm",
+        norm_layer="rmsnorm" if "blocks.0.norm1.bias" not in state else "layernormbf16" if is_rope else "layernorm",
         untie_cls_and_patch_norms="cls_norm.weight" in state,
         untie_global_and_local_cls_norm="local_cls_norm.weight" in state,
         num_positions=None if is_rope else state["pos_embed"].shape[1],

@@ -54,9 +54,9 @@ def explain_mismatch(model: Shapes, file: Shapes, *, may_be_missing: Collection[
     except CheckpointError as error:  # the file has not even the parts that tell its architecture
         if len(missing) == len(model) - sum(name in may_be_missing for name in model):
             return str(error)
-        return _coverage(model, missing=missing, unknown=unknown, reshaped=reshaped)
+        return _coverage(model, file, missing=missing, unknown=unknown, reshaped=reshaped)
     if not differences:
-        return _coverage(model, missing=missing, unknown=unknown, reshaped=reshaped)
+        return _coverage(model, file, missing=missing, unknown=unknown, reshaped=reshaped)
     first, *others = differences
     sentence = first.text
     if first.settings:
@@ -65,20 +65,18 @@ def explain_mismatch(model: Shapes, file: Shapes, *, may_be_missing: Collection[
     return f"{sentence}, and {format_settings(more)}" if more else sentence
 
 
-def _coverage(model: Shapes, *, missing: list[str], unknown: list[str], reshaped: list[str]) -> str:
+def _coverage(model: Shapes, file: Shapes, *, missing: list[str], unknown: list[str], reshaped: list[str]) -> str:
     if "pos_embed" in reshaped:
-        return "its pos_embed has positions that are not those of a class token and a square grid"
-    parts = [
-        f"{what} (first: {names[0]})"
-        for names, what in (
-            (missing, f"{len(missing)} are missing"),
-            (unknown, f"{len(unknown)} are unknown"),
-            (reshaped, f"{len(reshaped)} have another shape"),
+        return (
+            f"its pos_embed has {file['pos_embed'].shape[1]} positions, which are not a class token and a square grid"
         )
+    parts = [
+        f"{what}: {len(names)} (first: {names[0]})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", reshaped))
         if names
     ]
-    fitting = len(model) - len(missing) - len(reshaped)
-    return f"it holds {fitting} of the model's {len(model)} tensors: {', '.join(parts)}; {_PARTIAL}"
+    fitting = sum(name in file for name in model) - len(reshaped)
+    return f"it holds {fitting} of the model's {len(model)} tensors; {', '.join(parts)}; {_PARTIAL}"
 
 
 def _compare(file: Architecture, model: Architecture) -> list[_Difference]:
@@ -127,7 +125,7 @@ def _explain_width(file: Architecture, model: Architecture) -> _Difference | Non
     if file.embed_dim == model.embed_dim:
         return None
     settings = _size_settings(file)
-    if file.depth == model.depth and not file.arch:
+    if file.depth == model.depth and "student.embed_dim" in settings:
         del settings["student.depth"]
     text = f"its embedding has {file.embed_dim} features but the model's has {model.embed_dim}"
     return _Difference(text, settings)
@@ -169,12 +167,17 @@ def _explain_ffn(file: Architecture, model: Architecture) -> _Difference | None:
 def _explain_registers(file: Architecture, model: Architecture) -> _Difference | None:
     if file.num_registers == model.num_registers:
         return None
-    settings: dict[str, Any] = {"student.num_register_tokens": file.num_registers}
-    if file.family == "dinov2":  # the positions of DINOv2's models with registers are resized by another rule
-        has = file.num_registers > 0
-        settings |= {"student.interpolate_antialias": has, "student.interpolate_offset": 0.0 if has else 0.1}
     text = f"it has {file.num_registers} register tokens but the model has {model.num_registers}"
-    return _Difference(text, settings)
+    return _Difference(text, {"student.num_register_tokens": file.num_registers})
+
+
+def _explain_interpolation(file: Architecture, model: Architecture) -> _Difference | None:
+    """Tell the rule by which DINOv2's models with registers, and those without, resize their positions."""
+    has = file.num_registers > 0
+    if file.family != "dinov2" or model.has_rope and not has or has == (model.num_registers > 0):
+        return None
+    settings = {"student.interpolate_antialias": has, "student.interpolate_offset": 0.0 if has else 0.1}
+    return _Difference("its positions are resized by another rule", settings)
 
 
 def _explain_layer_scale(file: Architecture, model: Architecture) -> _Difference | None:
@@ -201,7 +204,7 @@ def _explain_flag(name: str, what: str) -> Callable[[Architecture, Architecture]
         want, have = getattr(model, name), getattr(file, name)
         if want == have:
             return None
-        text = f"it has {what} but the model has none" if have else f"it has no {what} but the model has"
+        text = f"it has {what} but the model has none" if have else f"it lacks {what}, which the model has"
         return _Difference(text, {f"student.{name}": have})
 
     return explain
@@ -225,6 +228,7 @@ _EXPLANATIONS: tuple[Callable[[Architecture, Architecture], _Difference | None],
     _explain_heads,
     _explain_ffn,
     _explain_registers,
+    _explain_interpolation,
     _explain_layer_scale,
     _explain_norm,
     _explain_flag("qkv_bias", "biases of query, key and value"),
@@ -243,16 +247,19 @@ def explain_head_mismatch(model: Shapes, file: Shapes) -> str | None:
     have, want = describe_head(file), describe_head(model)
     if have is None or want is None:
         return "it is not a projection head of this kind"
+    counts = {
+        "num_prototypes": "prototypes",
+        "bottleneck_dim": "bottleneck features",
+        "hidden_dim": "hidden features",
+        "num_layers": "layers",
+        "in_dim": "input features",
+    }
     parts = [
-        f"{text} {getattr(have, name)} instead of {getattr(want, name)}"
-        for name, text in (
-            ("num_prototypes", "prototypes:"),
-            ("bottleneck_dim", "bottleneck features:"),
-            ("hidden_dim", "hidden features:"),
-            ("num_layers", "layers:"),
-            ("in_dim", "input features:"),
-            ("weight_norm", "weight normalisation:"),
-        )
+        f"it has {getattr(have, name)} {what}, the model {getattr(want, name)}"
+        for name, what in counts.items()
         if getattr(have, name) != getattr(want, name)
     ]
-    return ", ".join(parts) or "its tensors have other names"
+    if have.weight_norm != want.weight_norm:
+        has = have.weight_norm
+        parts.append(f"it has {'' if has else 'no '}weight normalisation, the model has{' none' if has else ''}")
+    return "; ".join(parts) or "its tensors have other names"

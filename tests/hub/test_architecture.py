@@ -1,24 +1,18 @@
 """Architectures read from names and shapes: of every official backbone, and of small ones with each option."""
 
-import gzip
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
+from support.shapes import official_shapes
 
 from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import describe_architecture, describe_head
 from dinov2.models import DinoVisionTransformer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "state_dict_shapes.json.gz"
-SHAPES = {
-    name: {key: SimpleNamespace(shape=tuple(shape)) for key, shape in state.items()}
-    for name, state in json.loads(gzip.decompress(GOLDEN.read_bytes())).items()
-}
+SHAPES = official_shapes()
 BACKBONES = [name for name in SHAPES if "head" not in name]
 WIDTHS = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "g": (1536, 40, 24), "h": (1280, 32, 20)}
 
