@@ -76,6 +76,8 @@ class RopePositionEmbedding(nn.Module):
             raise ConfigError(
                 f"pos_embed_rope_normalize_coords={normalize_coords}: must be one of {', '.join(NORMALIZATIONS)}"
             )
+        if shift_coords is not None and shift_coords < 0:
+            raise ConfigError(f"pos_embed_rope_shift_coords={shift_coords}: must be at least 0, or null for none")
         for name, value in (("jitter", jitter_coords), ("rescale", rescale_coords)):
             if value is not None and value < 1:
                 raise ConfigError(f"pos_embed_rope_{name}_coords={value}: must be at least 1, or null for none")

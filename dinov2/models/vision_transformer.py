@@ -9,7 +9,7 @@ arXiv:2508.10104; registers: Darcet et al. 2023, arXiv:2309.16588. Parameter nam
 weights, blocks without chunks.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,9 @@ from dinov2.models.positions import interpolate_positions
 from dinov2.models.sizes import SIZES
 
 POS_EMBED_TYPES = ("learned", "rope")
-FFN_LAYERS: dict[str, Any] = {  # "swiglu" is each family's own
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
-    "swiglu": {"learned": SwiGLUFFNFused, "rope": SwiGLUFFNSeparate},
+    "swiglu": SwiGLUFFNFused,  # of the DINOv2 family; SwiGLUFFNSeparate of the DINOv3 family
     "swiglufused": SwiGLUFFNFused,
     "swiglu32": partial(SwiGLUFFNSeparate, align_to=32),
     "swiglu64": partial(SwiGLUFFNSeparate, align_to=64),
@@ -74,7 +74,7 @@ class DinoVisionTransformer(nn.Module):
         pos_embed_rope_*: see `RopePositionEmbedding`; the dtype is "fp32", "bf16" or "fp16".
     """
 
-    def __init__(
+    def __init__(  # longer than other functions: a line for each argument of both families
         self,
         img_size: int = 224,
         patch_size: int = 16,
@@ -113,8 +113,8 @@ class DinoVisionTransformer(nn.Module):
         _check_choice("pos_embed_type", pos_embed_type, POS_EMBED_TYPES)
         norm = NORM_LAYERS[_check_choice("norm_layer", norm_layer, NORM_LAYERS)]
         ffn = FFN_LAYERS[_check_choice("ffn_layer", ffn_layer, FFN_LAYERS)]
-        if isinstance(ffn, dict):
-            ffn = ffn[pos_embed_type]
+        if (ffn_layer, pos_embed_type) == ("swiglu", "rope"):
+            ffn = SwiGLUFFNSeparate
         self.embed_dim = self.num_features = embed_dim
         self.depth = self.n_blocks = depth
         self.num_heads = num_heads

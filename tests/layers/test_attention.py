@@ -6,34 +6,45 @@ import pytest
 import torch
 
 from dinov2.errors import ConfigError
-from dinov2.layers.attention import SelfAttention, attention
+from dinov2.layers.attention import LinearKMaskedBias, SelfAttention, attention, rotate_packed
+from dinov2.layers.rope import RopePositionEmbedding, rotate
 
 LAYOUT = ((2, 5), (3, 2))
 HEADS = 2
 
 
-def reference(qkv, layout, num_heads):
+def rotations_of(layout, *, head=4):
+    """Make angles for one token without a place and a column of patches."""
+    embedding = RopePositionEmbedding(head, num_heads=1, dtype=torch.float64)
+    return [embedding(num_tokens - 1, 1, num_prefix=1) for _, num_tokens in layout]
+
+
+def reference(qkv, layout, num_heads, rotations=None):
     """Attend image by image and head by head."""
     outputs, start = [], 0
-    for num_images, num_tokens in layout:
+    for size, (num_images, num_tokens) in enumerate(layout):
         for _ in range(num_images):
             q, k, v = qkv[start : start + num_tokens].chunk(3, dim=1)
             heads = []
             for qh, kh, vh in zip(*(t.chunk(num_heads, dim=1) for t in (q, k, v)), strict=True):
+                if rotations is not None:
+                    qh, kh = (rotate(x[None], rotations[size])[0] for x in (qh, kh))
                 heads.append(torch.softmax(qh @ kh.T * qh.shape[1] ** -0.5, dim=1) @ vh)
             outputs.append(torch.cat(heads, dim=1))
             start += num_tokens
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("layout", [LAYOUT, LAYOUT[:1]])
-def test_equals_softmax_written_out_with_its_gradient(layout):
+def test_equals_softmax_written_out_with_its_gradient(layout, rotated):
     torch.manual_seed(0)
+    rotations = rotations_of(layout) if rotated else None
     rows = sum(b * n for b, n in layout)
     qkv = torch.randn(rows, 3 * 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(rows, 8, dtype=torch.float64)
     for function in (attention, reference):
-        out = function(qkv, layout, num_heads=HEADS)
+        out = function(qkv, layout, num_heads=HEADS, rotations=rotations)
         (grad,) = torch.autograd.grad((out * weights).sum(), qkv)
         if function is attention:
             got = out, grad
@@ -45,6 +56,39 @@ def test_gradient_of_a_plain_sum_passes():
     attention(qkv, LAYOUT, num_heads=HEADS).sum().backward()
     (want,) = torch.autograd.grad(reference(qkv, LAYOUT, HEADS).sum(), qkv)
     torch.testing.assert_close(qkv.grad, want)
+
+
+def test_packed_queries_are_turned_like_those_of_each_crop_size():
+    torch.manual_seed(0)
+    x, rotations = torch.randn(16, 2, 4), rotations_of(LAYOUT)
+    wanted = [
+        rotate(rows.unflatten(0, size), rotation).flatten(0, 1)
+        for rows, size, rotation in zip(x.split([10, 6]), LAYOUT, rotations, strict=True)
+    ]
+    torch.testing.assert_close(rotate_packed(x, LAYOUT, rotations), torch.cat(wanted))
+
+
+def test_masked_keys_have_no_bias_and_no_gradient_of_it():
+    torch.manual_seed(0)
+    layer = SelfAttention(8, num_heads=2, mask_k_bias=True)
+    assert isinstance(layer.qkv, LinearKMaskedBias)
+    assert layer.qkv.bias_mask.tolist() == [1.0] * 8 + [0.0] * 8 + [1.0] * 8
+    assert set(layer.state_dict()) == {"qkv.weight", "qkv.bias", "qkv.bias_mask", "proj.weight", "proj.bias"}
+    with torch.no_grad():
+        layer.qkv.bias.copy_(torch.randn(24))
+    x = torch.randn(5, 8)
+    q, k, v = layer.qkv(x).chunk(3, dim=1)
+    plain_q, plain_k, plain_v = (x @ layer.qkv.weight.T).chunk(3, dim=1)
+    bias_q, _, bias_v = layer.qkv.bias.chunk(3)
+    torch.testing.assert_close((q, k, v), (plain_q + bias_q, plain_k, plain_v + bias_v))
+    layer(x, ((1, 5),)).sum().backward()
+    assert (layer.qkv.bias.grad[8:16] == 0).all()
+    assert (layer.qkv.bias.grad[16:] != 0).all()
+
+
+def test_without_a_bias_there_is_nothing_to_mask():
+    layer = SelfAttention(8, num_heads=2, qkv_bias=False, mask_k_bias=True)
+    assert set(layer.state_dict()) == {"qkv.weight", "proj.weight", "proj.bias"}
 
 
 def test_heads_that_do_not_divide_the_features_are_named():
@@ -69,7 +113,8 @@ def test_absent_xformers_names_the_extra(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_xformers_agrees_with_sdpa():
+@pytest.mark.parametrize("rotated", [False, True])
+def test_xformers_agrees_with_sdpa(rotated):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pytest.importorskip("xformers.ops", reason="needs the extra xformers")
@@ -77,8 +122,10 @@ def test_xformers_agrees_with_sdpa():
     layout = ((4, 197), (16, 37))
     results = []
     qkv = torch.randn(sum(b * n for b, n in layout), 3 * 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    embedding = RopePositionEmbedding(128, num_heads=2).cuda()
+    rotations = [embedding(14, 14, num_prefix=1), embedding(6, 6, num_prefix=1)] if rotated else None
     for backend in ("sdpa", "xformers"):
-        out = attention(qkv, layout, num_heads=2, backend=backend)
+        out = attention(qkv, layout, num_heads=2, backend=backend, rotations=rotations)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), qkv)))
     torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)  # bfloat16 keeps 8 bits
 
