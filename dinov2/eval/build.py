@@ -63,11 +63,27 @@ def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> 
 def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> DinoVisionTransformer:
     """Build the backbone that the config describes, initialised; with stochastic depth only where it is asked for."""
     student = cfg.student
+    if student.is_resnet:
+        return build_model(student.arch, in_chans=student.in_chans, sync_batchnorm=student.sync_batchnorm)
+    rope = {
+        f"pos_embed_rope_{name}": getattr(student, f"pos_embed_rope_{name}")
+        for name in (
+            "base",
+            "min_period",
+            "max_period",
+            "normalize_coords",
+            "shift_coords",
+            "jitter_coords",
+            "rescale_coords",
+            "dtype",
+        )
+    }
     return build_model(
         student.arch,
         embed_dim=student.embed_dim,
         depth=student.depth,
         num_heads=student.num_heads,
+        mlp_ratio=student.ffn_ratio,
         img_size=cfg.crops.global_crops_size,
         patch_size=student.patch_size,
         in_chans=student.in_chans,
@@ -82,6 +98,12 @@ def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> DinoVisionTra
         interpolate_antialias=student.interpolate_antialias,
         interpolate_offset=student.interpolate_offset,
         attention_backend=student.attention_backend,
+        norm_layer=student.norm_layer,
+        mask_k_bias=student.mask_k_bias,
+        untie_cls_and_patch_norms=student.untie_cls_and_patch_norms,
+        untie_global_and_local_cls_norm=student.untie_global_and_local_cls_norm,
+        pos_embed_type=student.pos_embed_type,
+        **rope,
     )
 
 
