@@ -201,6 +201,11 @@ def open_checkpoint(folder: Path, name: str) -> Manifest:
     return manifest
 
 
+def has_manifest(folder: Path, name: str) -> bool:
+    """Say whether a checkpoint has a manifest, sound or not."""
+    return (folder / f"{name}{_MANIFEST_SUFFIX}").is_file()
+
+
 def read_rank_file(folder: Path, manifest: Manifest, rank: int) -> dict[str, Any]:
     """Read and verify one rank's data.
 
@@ -208,16 +213,35 @@ def read_rank_file(folder: Path, manifest: Manifest, rank: int) -> dict[str, Any
         DamagedCheckpointError: the file cannot be read or a checksum differs.
     """
     file = rank_file_name(manifest.name, rank)
-    try:
-        data = torch.load(folder / file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpointError(f"{file} cannot be read: {reason}") from error
-    found, expected = _checksums(data), manifest.files[file].crc32
-    for part in sorted(found.keys() | expected.keys()):
-        if found.get(part) != expected.get(part):
-            raise DamagedCheckpointError(f"{file}: {part} does not match its checksum")
+    data = _load(folder / file, mmap=False)
+    _compare({**dict.fromkeys(manifest.files[file].crc32), **_checksums(data)}, manifest, rank)
     return data
+
+
+def open_rank_file(folder: Path, manifest: Manifest, rank: int) -> dict[str, Any]:
+    """Read one rank's data with tensors that are views of the file, each to be verified by `check_tensor` when used.
+
+    Raises:
+        DamagedCheckpointError: the file cannot be read, or the checksum of what is no tensor differs.
+    """
+    data = _load(folder / rank_file_name(manifest.name, rank), mmap=True)
+    _compare({OTHER_VALUES: _checksum_of_others(data)}, manifest, rank)
+    return data
+
+
+def check_tensor(manifest: Manifest, rank: int, part: str, tensor: Tensor) -> None:
+    """Verify one tensor of `open_rank_file`.
+
+    Args:
+        manifest: of the checkpoint.
+        rank: whose file the tensor is from.
+        part: path of keys to it, as in `model/teacher.backbone.cls_token`.
+        tensor: as the file holds it.
+
+    Raises:
+        DamagedCheckpointError: its checksum differs.
+    """
+    _compare({part: _checksum(tensor)}, manifest, rank)
 
 
 def remove_manifest(folder: Path, name: str) -> None:
@@ -268,17 +292,41 @@ def _read_manifest(folder: Path, name: str) -> Manifest:
         raise DamagedCheckpointError(f"{path.name} cannot be read: {error}") from error
 
 
+def _load(path: Path, *, mmap: bool) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpointError(f"{path.name} cannot be read: {reason}") from error
+
+
+def _compare(found: Mapping[str, int | None], manifest: Manifest, rank: int) -> None:
+    """Compare checksums of parts of a rank file, None where a part is missing, with those of the manifest."""
+    file = rank_file_name(manifest.name, rank)
+    expected = manifest.files[file].crc32
+    for part, checksum in sorted(found.items()):
+        if checksum is None or checksum != expected.get(part):
+            raise DamagedCheckpointError(f"{file}: {part} does not match its checksum")
+
+
 def _checksums(data: Mapping[str, Any]) -> dict[str, int]:
-    checksums: dict[str, int] = {}
-    others = 0
+    tensors = {path: _checksum(value) for path, value in _leaves(data, "") if isinstance(value, Tensor)}
+    return {**tensors, OTHER_VALUES: _checksum_of_others(data)}
+
+
+def _checksum(tensor: Tensor) -> int:
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    kind = f"{tensor.dtype}{list(tensor.shape)}".encode()
+    return zlib.crc32(raw.numpy(), zlib.crc32(kind))
+
+
+def _checksum_of_others(data: Mapping[str, Any]) -> int:
+    """Compute the checksum of all that is not a tensor."""
+    checksum = 0
     for path, value in _leaves(data, ""):
-        if isinstance(value, Tensor):
-            raw = value.contiguous().reshape(-1).view(torch.uint8)
-            kind = f"{value.dtype}{list(value.shape)}".encode()
-            checksums[path] = zlib.crc32(raw.numpy(), zlib.crc32(kind))
-        else:
-            others = zlib.crc32(f"{path}={value!r}\n".encode(), others)
-    return {**checksums, OTHER_VALUES: others}
+        if not isinstance(value, Tensor):
+            checksum = zlib.crc32(f"{path}={value!r}\n".encode(), checksum)
+    return checksum
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

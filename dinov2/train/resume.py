@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from dinov2.configs import Config
 from dinov2.distributed import on_every_rank
 from dinov2.errors import CheckpointError
 from dinov2.fsdp import FSDPCheckpointer, load_full_state_dict
-from dinov2.hub.weights import read_weights
+from dinov2.hub.open_weights import open_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2.train")
@@ -71,10 +70,10 @@ def _load_teacher_file(path: str, model: SSLMetaArch) -> None:
 
 
 def _read_teacher_file(path: str) -> dict[str, Tensor]:
-    state = read_weights(Path(path)).get("teacher")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = open_weights(path).states.get("teacher")
+    if state is None:
         raise CheckpointError(
             f"MODEL.WEIGHTS={path}: has no 'teacher' with tensors of backbone and heads; "
             f"use student.pretrained_weights for a file that holds a backbone only"
         )
-    return state
+    return {name: stored.read() for name, stored in state.items()}
