@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
+from dinov2.configs.default_layers import Family
 from dinov2.configs.model_sections import (
     ComputePrecisionConfig,
     DinoConfig,
@@ -27,6 +28,8 @@ from dinov2.errors import ConfigError
 class Config:
     """All settings of a run, checked; read as `cfg.train.seed`. Never changed after it is built."""
 
+    # whose defaults hold where nothing is set; a file with MODEL.META_ARCHITECTURE and without this key is of dinov3
+    defaults: Family = "dinov2"
     MODEL: ModelConfig = field(default_factory=ModelConfig)
     compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
@@ -140,8 +143,9 @@ def batch_size_per_rank(cfg: Config, *, world_size: int) -> int:
 def require_trainable(cfg: Config) -> None:
     """Raise ConfigError if the settings ask for something that training cannot do yet; evaluation may go on."""
     if cfg.refusals:
-        first, *more = cfg.refusals
-        raise ConfigError(f"{first} (and {len(more)} more such settings: {'; '.join(more)})" if more else first)
+        first, *others = cfg.refusals
+        keys = ", ".join(sentence.partition("=")[0] for sentence in others)
+        raise ConfigError(f"{first} (and {len(others)} more such settings: {keys})" if others else first)
 
 
 def require_train_dataset(cfg: Config) -> str:

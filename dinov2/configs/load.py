@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.config import Config
-from dinov2.configs.parent_keys import PARENT_KEYS, Given, refuse_parent_key, translate_parent_keys
+from dinov2.configs.default_layers import LAYERS
+from dinov2.configs.parent_keys import PARENT_KEYS, parent_sections
 from dinov2.configs.section import show_value
-from dinov2.configs.tree import REQUIRED, build, leaves, nest, section_names
+from dinov2.configs.translate import Given, translate
+from dinov2.configs.tree import REQUIRED, build, leaves, nest, optional_sections, section_names
 from dinov2.configs.values import convert, is_text
 from dinov2.errors import ConfigError
 
@@ -47,15 +49,27 @@ def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Confi
         for key, value in _flatten(_read_yaml(config_file), source=f"in {config_file}"):
             given[key] = Given(value, 0)
     for override in overrides:
-        for key, value in _flatten(_parse_override(override), source="on the command line"):
+        parsed = _parse_override(override)
+        for section in optional_sections():
+            if section in parsed and parsed[section] is None:  # takes back what the file or an earlier argument gave
+                given = {key: value for key, value in given.items() if not key.startswith(f"{section}.")}
+        for key, value in _flatten(parsed, source="on the command line"):
             given[key] = Given(value, 1)
-    given = _resolve(given)
-    epoch_key = "train.OFFICIAL_EPOCH_LENGTH"
-    epoch_length = given[epoch_key].value if epoch_key in given else leaves()[epoch_key].default
-    flat, notes = translate_parent_keys(
-        given, epoch_length=convert(epoch_key, epoch_length, leaves()[epoch_key].annotation)
-    )
-    return build(flat, notes=notes)
+    translated = translate(_resolve(_over_defaults(given)))
+    return build(translated.values, notes=translated.notes, refusals=translated.refusals)
+
+
+def _over_defaults(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Lay the given values over the layer of defaults that they name, or that a DINOv3 file stands for."""
+    if "defaults" in given:
+        named = given["defaults"]
+        family = convert("defaults", named.value, leaves()["defaults"].annotation)
+        layer = named.layer
+    else:
+        family = "dinov3" if "MODEL.META_ARCHITECTURE" in given else leaves()["defaults"].default
+        layer = -1
+    defaults = {key: Given(value, -1) for key, value in LAYERS[family].items()}
+    return defaults | dict(given) | {"defaults": Given(family, layer)}
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:
@@ -93,8 +107,8 @@ def _parse_override(override: str) -> Mapping[str, Any]:
     if not equals or not key:
         raise ConfigError(f"argument {override!r}: must be written key=value, e.g. optim.epochs=10")
     text = text.strip()
-    leaf = leaves().get(key)
-    if leaf is not None and is_text(leaf.annotation) and not _is_quoted(text) and text not in ("null", "~"):
+    known = leaves().get(key) or PARENT_KEYS.get(key)
+    if known is not None and is_text(known.annotation) and not _is_quoted(text) and text not in ("null", "~"):
         return {key: text}
     try:
         return {key: yaml.load(text, Loader=_Loader)}
@@ -113,25 +127,34 @@ def _flatten(content: Mapping[Any, Any], *, source: str, prefix: str = "") -> It
         is_leaf = key in leaves() or key in PARENT_KEYS
         if isinstance(value, dict) and not is_leaf:
             yield from _flatten(value, source=source, prefix=f"{key}.")
-        elif value is not None or key not in section_names():  # an empty section says nothing
+        elif value is not None or key not in _all_sections():  # an empty section says nothing
             _require_known(key, value, source=source)
             yield key, value
 
 
+def _all_sections() -> set[str]:
+    return {*section_names(), *parent_sections()}
+
+
 def _require_known(key: str, value: Any, *, source: str) -> None:
-    """Raise ConfigError if `key` is no key of ours and no parent's, or a refused one."""
-    refuse_parent_key(key, value)
-    if key in leaves() or key in PARENT_KEYS:
+    """Raise ConfigError if `key` is no key of ours and no parent's."""
+    names = [*leaves(), *PARENT_KEYS]
+    if key in names:
         return
-    if key in section_names():
-        example = next(name for name in leaves() if name.startswith(f"{key}."))
+    if key in _all_sections():
+        example = next(name for name in names if name.startswith(f"{key}."))
         raise ConfigError(f"{key}={show_value(value)} {source}: is a section; set its keys, e.g. {example}")
     raise ConfigError(f"unknown key {key} {source}; the nearest known key is {_nearest(key)}")
 
 
 def _nearest(key: str) -> str:
+    """Return the key that was probably meant: of the same name elsewhere, else of a similar name in the section."""
     names = [*leaves(), *(name for name, entry in PARENT_KEYS.items() if entry.kind == "honoured")]
-    return difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    section, _, last = key.rpartition(".")
+    same_name = [name for name in names if name.rpartition(".")[2] == last]
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    similar = [beside[name] for name in difflib.get_close_matches(last, beside, n=1)]
+    return difflib.get_close_matches(key, same_name or similar or names, n=1, cutoff=0.0)[0]
 
 
 def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:

@@ -62,7 +62,7 @@ class HeadConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLossWeightConfig(Section):
-    """Weight of the local crops over the run, with dino.reweight_dino_local_loss (gram anchoring, arXiv:2508.10104)."""
+    """Weight of the local crops over the run, with dino.reweight_dino_local_loss (arXiv:2508.10104)."""
 
     KEY: ClassVar[str] = "dino.local_loss_weight_schedule"
 

@@ -12,20 +12,23 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from dinov2.configs.config import Config
-from dinov2.configs.tree import REQUIRED, leaves, subsections
+from dinov2.configs.default_layers import DINOV3_DEFAULTS
+from dinov2.configs.tree import REQUIRED, is_setting, leaves, subsections
 from dinov2.configs.values import split_optional
 
 _WIDTH = 120
 _HEAD = """\
 # Every setting with its default. Made by `make config-reference` from the dataclasses in dinov2/configs; edit those.
 # A file of your own needs only the keys that differ. A step is one optimiser step; an epoch is
-# train.OFFICIAL_EPOCH_LENGTH steps.
+# train.OFFICIAL_EPOCH_LENGTH steps. The defaults are DINOv2's. With `defaults: dinov3`, or in a file of DINOv3 itself
+# (one with MODEL.META_ARCHITECTURE), those that a comment names as DINOv3's hold instead, and optim.lr may stand for
+# optim.base_lr: base_lr is 4 * lr with scaling_rule sqrt_wrt_1024, as DINOv3's rule has this factor, else lr.
 """
 
 
 def reference_yaml() -> str:
     """Return the text of configs/ssl_default_config.yaml."""
-    return _HEAD + "\n".join(_section_lines(Config, indent="")) + "\n"
+    return _HEAD + "\n" + "\n".join(_section_lines(Config, indent="")) + "\n"
 
 
 def field_comments(section: type) -> dict[str, str]:
@@ -65,9 +68,9 @@ def _section_lines(section: type, *, indent: str) -> Iterator[str]:
             else:
                 yield f"{indent}{field.name}:"
             yield from lines
-        elif section is not Config:
+        elif is_setting(field):
             leaf = leaves(section)[field.name]
-            comment = _with_choices(comments[field.name], leaf.annotation)
+            comment = _with_choices(comments[field.name], leaf.annotation) + _in_dinov3(section, field.name)
             yield from _key_lines(f"{indent}{field.name}: {_as_yaml(leaf.default)}", comment, indent=indent)
 
 
@@ -85,6 +88,12 @@ def _with_choices(comment: str, annotation: Any) -> str:
     kind, _ = split_optional(annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     return comment if all(choice in comment for choice in choices) else f"{' | '.join(choices)}; {comment}"
+
+
+def _in_dinov3(section: type, name: str) -> str:
+    """Name the default of DINOv3's layer, if it is another."""
+    key = f"{section.KEY}.{name}" if section is not Config else name
+    return f"; DINOv3: {_as_yaml(DINOV3_DEFAULTS[key])}" if key in DINOV3_DEFAULTS else ""
 
 
 def _as_yaml(value: Any) -> str:

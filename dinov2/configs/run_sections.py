@@ -60,7 +60,8 @@ class OptimConfig(Section):
     base_lr: float = 0.004  # peak learning rate at the batch size that scaling_rule names, >= 0
     warmup_epochs: int = 10  # epochs of linear rise from 0 to the peak, 0..epochs
     min_lr: float = 1.0e-06  # learning rate at the end of the cosine, >= 0; not scaled
-    # the schedules of learning rate, weight decay and momentum are made 1 + this as long and cut at epochs, >= 0
+    # the cosines of learning rate, weight decay and momentum are drawn 1 + this as long, cut at epochs and stretched to
+    # their final values, so that they end steeper, >= 0
     schedule_trunc_extra: float = 0.0
     clip_grad: float | None = 3.0  # largest gradient norm of a sub-module, >= 0; 0 or null: no clipping
     freeze_last_layer_epochs: int = 1  # epochs in which the heads' last layers stay as they are, >= 0

@@ -34,9 +34,9 @@ class StudentConfig(Section):
     KEY: ClassVar[str] = "student"
 
     # width, blocks, heads: vit_tiny 192, 12, 3; vit_small 384, 12, 6; vit_base 768, 12, 12; vit_large 1024, 24, 16;
-    # vit_so400m 1152, 27, 18; vit_huge2 1280, 32, 20; vit_giant2 1536, 40, 24; vit_7b 4096, 40, 32; resnet18, resnet34,
-    # resnet50, resnet101, resnet152: torchvision's, without iBOT, and all keys from patch_size on but in_chans,
-    # pretrained_weights, allow_partial_weights and sync_batchnorm are for ViTs
+    # vit_so400m 1152, 27, 18; vit_huge2 1280, 32, 20; vit_giant2 1536, 40, 24; vit_7b 4096, 40, 32. resnet18, resnet34,
+    # resnet50, resnet101, resnet152 are torchvision's: trained without iBOT (ibot.loss_weight=0), and of the keys below
+    # only in_chans, the two on weights and sync_batchnorm are theirs
     arch: Literal[ViTArch, ResNetArch] = "vit_large"
     patch_size: int = 16  # px, >= 1; both crop sizes must be multiples of it
     in_chans: int = 3  # channels of an image, >= 1
@@ -48,11 +48,11 @@ class StudentConfig(Section):
     layerscale: float | None = 1.0e-05  # first value of LayerScale, >= 0; 0 or null: no LayerScale
     pretrained_weights: str = ""  # file with a backbone for student and teacher to start from; empty: random
     allow_partial_weights: bool = False  # true: what such a file lacks keeps its first values; false: that is an error
-    # feed-forward part of a block; the gated ones have 2/3 of the width: swiglu and swiglufused are one layer with
-    # learned positions; with rope, swiglu, swiglu32, swiglu64, swiglu128 round the width up to a multiple of 8 (or N)
+    # feed-forward part of a block; all but mlp are gated and have 2/3 of its width, rounded up to a multiple of 8 or of
+    # the number in the name
     ffn_layer: Literal["mlp", "swiglu", "swiglufused", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
     ffn_ratio: float | None = None  # hidden width of the feed-forward part / embed_dim, > 0; null: that of arch
-    norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernorm"  # epsilon: 1e-6, 1e-5, 1e-5
+    norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernorm"  # with epsilon 1e-6, 1e-5, 1e-5
     qkv_bias: bool = True  # bias of the query, key and value projection
     mask_k_bias: bool = False  # true: the key's part of that bias is kept at 0; without qkv_bias there is none
     proj_bias: bool = True  # bias of the attention's output projection

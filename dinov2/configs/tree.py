@@ -27,6 +27,20 @@ def subsections(section: type) -> dict[str, type]:
     return {f.name: kinds[f.name] for f in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[f.name])}
 
 
+def is_setting(field: dataclasses.Field) -> bool:
+    """Tell settings from what loading adds to the root, such as its notes."""
+    return field.compare
+
+
+def optional_sections() -> list[str]:
+    """Return the names of the sections that may be absent."""
+    return [
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.name in subsections(Config) and field.default is None
+    ]
+
+
 @cache
 def leaves(section: type = Config) -> Mapping[str, Leaf]:
     """Return all keys below a section by dotted name, in the order of the schema."""
@@ -36,11 +50,12 @@ def leaves(section: type = Config) -> Mapping[str, Leaf]:
     for field in dataclasses.fields(section):
         if field.name in inner:
             table |= {f"{field.name}.{key}": leaf for key, leaf in leaves(inner[field.name]).items()}
-        elif section is not Config:  # the root's own fields are not settings
+        elif is_setting(field):
             table[field.name] = Leaf(annotation=hints[field.name], default=field.default)
     return table
 
 
+@cache
 def section_names(section: type = Config) -> list[str]:
     """Return the dotted names of all sections."""
     names = []

@@ -11,19 +11,20 @@ from omegaconf import OmegaConf
 
 from dinov2.configs.config import Config
 from dinov2.configs.section import Section
-from dinov2.configs.tree import subsections
+from dinov2.configs.tree import is_setting, subsections
 from dinov2.errors import ConfigError
 
 
 def to_dict(cfg: Config | Section) -> dict[str, Any]:
     """Return the settings as nested dicts and lists, in the order of the schema; `cfg` may be a section too."""
     plain: dict[str, Any] = {}
-    for name, value in vars(cfg).items():
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, vars(cfg)[field.name]
         if dataclasses.is_dataclass(value):
             plain[name] = to_dict(value)
         elif name in subsections(type(cfg)):  # an optional section that is absent
             plain[name] = None
-        elif not isinstance(cfg, Config):  # the root's own fields are not settings
+        elif is_setting(field):
             plain[name] = list(value) if isinstance(value, tuple) else value
     return plain
 

@@ -15,6 +15,7 @@ from dinov2.train.train import do_train
 # Read by the program before or outside `do_train`, which gets what they say as arguments.
 READ_BY_THE_PROGRAM = {
     "compute_precision.device",  # `distributed.init`
+    "defaults",  # `load_config`
     "train.output_dir",  # handed to `do_train`
 }
 KNN = [f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in ("train", "val")]

@@ -106,9 +106,13 @@ def test_dinov2s_giant_recipe_loads_with_a_note(tmp_path):
     [
         ("train.cudagraphs=true", "train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs"),
         (
-            "train.cache_dataset=false",
-            "train.cache_dataset=false has no effect: file lists are read anew at each start",
+            "train.checkpointing=true",
+            "train.checkpointing=true has no effect: activations are kept, for the same result with "
+            "more memory",
+        ,
         ),
+        ("student.fp8_enabled=true", "student.fp8_enabled=true has no effect: compute_precision.param_dtype decides"),
+        ("teacher.in_chans=4", "teacher.in_chans=4 has no effect: the teacher has the student's channels"),
         (
             "optim.lr=0.001",
             "optim.lr=0.001 has no effect: the learning rate is computed from optim.base_lr and optim.scaling_rule",
@@ -130,23 +134,21 @@ def test_keys_without_effect_are_accepted_and_noted(override, note):
     ("override", "reason"),
     [
         (
-            "MODEL.META_ARCHITECTURE=SSLMetaArch",
-            "MODEL.META_ARCHITECTURE='SSLMetaArch' is not supported: it marks a DINOv3 config, and only DINOv2's "
-            "settings are supported; start from configs/train",
-        ),
-        ("defaults=dinov3", "defaults='dinov3' is not supported: only dinov2's defaults are supported"),
-        (
             "student.channel_adaptive=true",
             "student.channel_adaptive=true is not supported: channels are trained together; set student.in_chans to "
             "their number",
         ),
         (
-            "train.cell_augmentation=true",
-            "train.cell_augmentation=true is not supported: set the keys of augmentation instead",
+            "student.cls_pos_embedding=true",
+            "student.cls_pos_embedding=true is not supported: the backbone has no such part",
+        ),
+        (
+            "student.pos_embed_rope_gamma=2",
+            "student.pos_embed_rope_gamma=2 is not supported: angles are not scaled",
         ),
     ],
 )
-def test_unsupported_keys_are_refused_with_the_reason(override, reason):
+def test_keys_that_change_the_backbone_are_refused_at_once(override, reason):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert str(caught.value) == reason
