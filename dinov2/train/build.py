@@ -19,7 +19,7 @@ from dinov2.hub.weights import load_backbone_weights
 from dinov2.logging import MetricLogger
 from dinov2.train.batches import DeviceBatches
 from dinov2.train.param_groups import param_groups
-from dinov2.train.schedules import scaled_lr
+from dinov2.train.schedules import Schedules, scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 
@@ -35,13 +35,14 @@ class RunPlan:
     total_steps: int  # optimiser steps of the schedules
     last_step: int  # step after which this run ends, <= total_steps
     lr: float  # peak learning rate after the scaling rule
+    end_lr: float  # learning rate at the end of its schedule
 
 
 def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
     """Work out batch sizes, steps and the learning rate.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, or is larger than the dataset.
+        ConfigError: the batch does not divide over the ranks or into KoLeo's groups, or is larger than the dataset.
     """
     per_rank = batch_size_per_rank(cfg, world_size=world_size)
     accumulation = cfg.optim.gradient_accumulation_steps
@@ -54,6 +55,8 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
         )
     epoch_length = cfg.train.OFFICIAL_EPOCH_LENGTH or dataset_size // global_batch
     total = cfg.optim.epochs * epoch_length
+    _require_koleo_groups(cfg, images_per_pass=per_rank * world_size)
+    lr, end_lr = scaled_lr(cfg, global_batch_size=global_batch)
     return RunPlan(
         batch_size_per_rank=per_rank,
         accumulation_steps=accumulation,
@@ -62,8 +65,34 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
         epoch_length=epoch_length,
         total_steps=total,
         last_step=min(total, cfg.train.max_steps or total),
-        lr=scaled_lr(cfg.optim.base_lr, rule=cfg.optim.scaling_rule, global_batch_size=global_batch),
+        lr=lr,
+        end_lr=end_lr,
     )
+
+
+def build_schedules(cfg: Config, *, plan: RunPlan) -> Schedules:
+    """Build the schedules of learning rate, weight decay, teacher and local crops' weight."""
+    return Schedules(cfg, lr=plan.lr, end_lr=plan.end_lr, epoch_length=plan.epoch_length)
+
+
+def _require_koleo_groups(cfg: Config, *, images_per_pass: int) -> None:
+    """Raise ConfigError unless KoLeo's groups divide the images of a pass and hold enough neighbours."""
+    dino = cfg.dino
+    if not (dino.koleo_loss_weight and dino.koleo_loss_distributed) or images_per_pass == 1:
+        return
+    size = dino.koleo_distributed_loss_group_size or images_per_pass
+    if images_per_pass % size:
+        divisors = [d for d in range(dino.koleo_topk + 1, images_per_pass + 1) if images_per_pass % d == 0]
+        nearest = min(divisors, key=lambda divisor: abs(divisor - size), default=images_per_pass)
+        raise ConfigError(
+            f"dino.koleo_distributed_loss_group_size={size} does not divide the {images_per_pass} images that all "
+            f"ranks pass through the network at once; use {nearest}"
+        )
+    if size <= dino.koleo_topk:
+        raise ConfigError(
+            f"dino.koleo_topk={dino.koleo_topk}: an image has only {size - 1} others to be kept apart from among the "
+            f"{size} that are compared; lower it, or raise dino.koleo_distributed_loss_group_size or the batch"
+        )
 
 
 def seed_global_generators(seed: int) -> None:

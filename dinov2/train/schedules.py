@@ -1,14 +1,35 @@
-"""Schedules over optimiser steps: learning rate, weight decay, teacher momentum and teacher temperature."""
+"""Schedules over optimiser steps: learning rate, weight decay, teacher momentum and temperature, a loss weight."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from dinov2.configs import Config
+from dinov2.configs.model_sections import LocalLossWeightConfig
+from dinov2.configs.schedule_sections import ScheduleConfig
 
 
-class CosineScheduler:
-    """A value for each step: zeros while frozen, a linear warm-up, then a cosine to the final value.
+class StepSchedule:
+    """A value for each step.
+
+    Args:
+        values: of the steps 0, 1, ...
+        final_value: of all steps after them.
+    """
+
+    def __init__(self, values: np.ndarray, *, final_value: float) -> None:
+        self.schedule = values
+        self.final_value = float(final_value)
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __getitem__(self, step: int) -> float:
+        return float(self.schedule[step]) if step < len(self.schedule) else self.final_value
+
+
+class CosineScheduler(StepSchedule):
+    """Zeros while frozen, a linear warm-up, then a cosine to the final value.
 
     Args:
         base_value: value at the end of the warm-up.
@@ -17,6 +38,8 @@ class CosineScheduler:
         warmup_iters: steps of the linear warm-up.
         start_warmup_value: first value of the warm-up.
         freeze_iters: steps at the start with value 0.
+        trunc_extra: the cosine is drawn 1 + trunc_extra times as long, cut off at its place, and stretched so that its
+            last step has the final value: it comes down steeper at the end; >= 0.
 
     Source: the parents' `CosineScheduler`.
     """
@@ -29,19 +52,50 @@ class CosineScheduler:
         warmup_iters: int = 0,
         start_warmup_value: float = 0.0,
         freeze_iters: int = 0,
+        trunc_extra: float = 0.0,
     ) -> None:
-        self.final_value = float(final_value)
         num_cosine = max(total_iters - warmup_iters - freeze_iters, 0)
-        phase = np.pi * np.arange(num_cosine) / max(num_cosine, 1)
-        cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(phase))
+        share = _falling_cosine(num_cosine, trunc_extra=trunc_extra)
+        cosine = final_value + (base_value - final_value) * share
         warmup = np.linspace(start_warmup_value, base_value, warmup_iters)
-        self.schedule = np.concatenate([np.zeros(freeze_iters), warmup, cosine])[:total_iters]
+        values = np.concatenate([np.zeros(freeze_iters), warmup, cosine])[:total_iters]
+        super().__init__(values, final_value=final_value)
 
-    def __len__(self) -> int:
-        return len(self.schedule)
 
-    def __getitem__(self, step: int) -> float:
-        return float(self.schedule[step]) if step < len(self.schedule) else self.final_value
+def linear_warmup_cosine_decay(
+    start: float,
+    peak: float,
+    end: float,
+    warmup_iterations: int,
+    total_iterations: int,
+    cosine_iterations: int | None = None,
+) -> StepSchedule:
+    """Rise linearly from `start` to `peak`, fall as a cosine to `end`, and stay there.
+
+    Args:
+        start: value at step 0, unless there is no warm-up.
+        peak: value at the first step after the warm-up.
+        end: value at the last step of the cosine and after it.
+        warmup_iterations: steps of the rise.
+        total_iterations: length in optimiser steps.
+        cosine_iterations: steps of the fall; None: all after the warm-up.
+
+    Source: DINOv3's function of this name.
+    """
+    if cosine_iterations is None:
+        cosine_iterations = max(total_iterations - warmup_iterations, 0)
+    rise = np.linspace(start, peak, warmup_iterations, endpoint=False)
+    fall = end + (peak - end) * 0.5 * (1 + np.cos(np.linspace(0, np.pi, cosine_iterations)))
+    return StepSchedule(np.concatenate([rise, fall])[:total_iterations], final_value=end)
+
+
+def _falling_cosine(num_steps: int, *, trunc_extra: float) -> np.ndarray:
+    """Share of the way that is still to go, 1 at the first step."""
+    if not trunc_extra:
+        return 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / max(num_steps, 1)))
+    phase = np.linspace(0, np.pi, int((1 + trunc_extra) * num_steps))[:num_steps]
+    share = 0.5 * (1 + np.cos(phase))
+    return (share - share[-1]) / (1 - share[-1]) if num_steps > 1 else share
 
 
 @dataclass(frozen=True)
@@ -53,25 +107,46 @@ class StepValues:
     wd: float
     momentum: float
     teacher_temp: float
+    dino_local_loss_weight: float = 1.0
 
 
 class Schedules:
-    """All schedules of a run.
+    """All schedules of a run: in DINOv3's form if the config has the section `schedules`, else in the classic form.
 
     Args:
         cfg: config; epochs are turned into steps here and nowhere else.
-        lr: learning rate after the scaling rule.
+        lr: peak learning rate, after the scaling rule.
+        end_lr: learning rate at the end, after the scaling rule.
         epoch_length: optimiser steps of one epoch.
     """
 
-    def __init__(self, cfg: Config, *, lr: float, epoch_length: int) -> None:
-        optim, teacher = cfg.optim, cfg.teacher
-        total = optim.epochs * epoch_length
-        warmup = min(optim.warmup_epochs * epoch_length, total)
-        self.lr = CosineScheduler(lr, optim.min_lr, total, warmup_iters=warmup)
-        self.wd = CosineScheduler(optim.weight_decay, optim.weight_decay_end, total)
-        self.momentum = CosineScheduler(teacher.momentum_teacher, teacher.final_momentum_teacher, total)
-        temp_warmup = teacher.warmup_teacher_temp_epochs * epoch_length
+    def __init__(self, cfg: Config, *, lr: float, end_lr: float, epoch_length: int) -> None:
+        self.total_steps = cfg.optim.epochs * epoch_length
+        self.epoch_length = epoch_length
+        if cfg.schedules is None:
+            self._build_classic(cfg, lr=lr, end_lr=end_lr)
+            frozen_epochs = cfg.optim.freeze_last_layer_epochs
+        else:
+            self.lr = self._piecewise(cfg.schedules.lr, peak=lr, end=end_lr)
+            self.wd = self._piecewise(cfg.schedules.weight_decay)
+            self.momentum = self._piecewise(cfg.schedules.momentum)
+            self.teacher_temp = self._piecewise(cfg.schedules.teacher_temp)
+            frozen_epochs = cfg.schedules.lr.freeze_last_layer_epochs
+        self.frozen_last_layer_steps = frozen_epochs * epoch_length
+        self.dino_local_loss_weight = StepSchedule(np.empty(0), final_value=1.0)
+        if cfg.dino.reweight_dino_local_loss:
+            self.dino_local_loss_weight = self._piecewise(cfg.dino.local_loss_weight_schedule)
+
+    def _build_classic(self, cfg: Config, *, lr: float, end_lr: float) -> None:
+        optim, teacher, total = cfg.optim, cfg.teacher, self.total_steps
+        warmup = min(optim.warmup_epochs * self.epoch_length, total)
+        extra = optim.schedule_trunc_extra
+        self.lr = CosineScheduler(lr, end_lr, total, warmup_iters=warmup, trunc_extra=extra)
+        self.wd = CosineScheduler(optim.weight_decay, optim.weight_decay_end, total, trunc_extra=extra)
+        self.momentum = CosineScheduler(
+            teacher.momentum_teacher, teacher.final_momentum_teacher, total, trunc_extra=extra
+        )
+        temp_warmup = teacher.warmup_teacher_temp_epochs * self.epoch_length
         self.teacher_temp = CosineScheduler(
             teacher.teacher_temp,
             teacher.teacher_temp,
@@ -79,7 +154,20 @@ class Schedules:
             warmup_iters=temp_warmup,
             start_warmup_value=teacher.warmup_teacher_temp,
         )
-        self.frozen_last_layer_steps = optim.freeze_last_layer_epochs * epoch_length
+
+    def _piecewise(
+        self, section: ScheduleConfig | LocalLossWeightConfig, *, peak: float | None = None, end: float | None = None
+    ) -> StepSchedule:
+        """Build the schedule of a config section; `peak` and `end` replace its own."""
+        cosine = section.cosine_epochs
+        return linear_warmup_cosine_decay(
+            section.start,
+            section.peak if peak is None else peak,
+            section.end if end is None else end,
+            warmup_iterations=section.warmup_epochs * self.epoch_length,
+            total_iterations=self.total_steps,
+            cosine_iterations=None if cosine is None else cosine * self.epoch_length,
+        )
 
     def __getitem__(self, step: int) -> StepValues:
         lr = self.lr[step]
@@ -89,17 +177,26 @@ class Schedules:
             wd=self.wd[step],
             momentum=self.momentum[step],
             teacher_temp=self.teacher_temp[step],
+            dino_local_loss_weight=self.dino_local_loss_weight[step],
         )
 
 
-def scaled_lr(base_lr: float, *, rule: str, global_batch_size: int) -> float:
-    """Scale the learning rate of a reference batch to this run's images per optimiser step.
+def scaled_lr(cfg: Config, *, global_batch_size: int) -> tuple[float, float]:
+    """Scale the learning rates of a reference batch to this run's images per optimiser step; returns peak and end.
 
-    Source: `sqrt_wrt_1024` is the parents' `apply_scaling_rules_to_cfg`; `linear_wrt_256` is Goyal et al. 2017.
+    In the classic form the rule acts on `optim.base_lr`, not on `optim.min_lr`. In DINOv3's form it acts on the peak
+    and the end of `schedules.lr`, not on its start, and under `sqrt_wrt_1024` with a further factor of 4, as there.
+
+    Source: `sqrt_wrt_1024` is the parents' `apply_scaling_rules_to_cfg` and `build_schedulers_v2`; `linear_wrt_256` is
+    Goyal et al. 2017.
     """
     factors = {
         "sqrt_wrt_1024": (global_batch_size / 1024) ** 0.5,
         "linear_wrt_256": global_batch_size / 256,
         "none": 1.0,
     }
-    return base_lr * factors[rule]
+    rule = cfg.optim.scaling_rule
+    if cfg.schedules is None:
+        return cfg.optim.base_lr * factors[rule], cfg.optim.min_lr
+    factor = factors[rule] * (4 if rule == "sqrt_wrt_1024" else 1)
+    return cfg.schedules.lr.peak * factor, cfg.schedules.lr.end * factor

@@ -1,7 +1,8 @@
-"""`SSLMetaArch`: student, EMA teacher and losses of DINOv2, and one training step over them.
+"""`SSLMetaArch`: student, EMA teacher and losses of DINOv2 and DINOv3, and one training step over them.
 
 Shapes: B images on this rank, 2 global crops, L local crops, N patches, M masked patches, D features, K prototypes.
-Source: Oquab et al. 2023, arXiv:2304.07193; names and numbers of the parents' `SSLMetaArch`.
+Source: Oquab et al. 2023, arXiv:2304.07193, and Siméoni et al. 2025, arXiv:2508.10104; names and numbers of the
+parents' `SSLMetaArch`.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class TeacherTargets:
 
 
 class SSLMetaArch(nn.Module):
-    """Student and teacher, each a ModuleDict of `backbone`, `dino_head` and, if separate, `ibot_head`.
+    """Student and teacher, each a ModuleDict of `backbone`, `dino_head` and, if separate and used, `ibot_head`.
 
     Args:
         cfg: config of the run.
@@ -44,6 +45,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss_weight = cfg.dino.loss_weight
         self.koleo_loss_weight = cfg.dino.koleo_loss_weight
         self.ibot_loss_weight = cfg.ibot.loss_weight
+        self.dino_global_ignore_diagonal = cfg.dino.global_ignore_diagonal
         self.centering = cfg.train.centering
         self.num_local_crops = cfg.crops.local_crops_number
         self.autocast_dtype = torch.float32
@@ -53,7 +55,11 @@ class SSLMetaArch(nn.Module):
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
-        self.koleo_loss = KoLeoLoss(distributed=cfg.dino.koleo_loss_distributed)
+        self.koleo_loss = KoLeoLoss(
+            distributed=cfg.dino.koleo_loss_distributed,
+            topk=cfg.dino.koleo_topk,
+            group_size=cfg.dino.koleo_distributed_loss_group_size if cfg.dino.koleo_loss_distributed else None,
+        )
         self.train()
 
     def init_weights(self, seed: int) -> None:
@@ -102,6 +108,7 @@ class SSLMetaArch(nn.Module):
         images: dict[str, Tensor],
         *,
         teacher_temp: float,
+        dino_local_loss_weight: float = 1.0,
         backprop: Callable[[Tensor], None] = Tensor.backward,
     ) -> dict[str, Tensor]:
         """Compare the student on masked and local crops with the teacher on whole ones, and add up gradients.
@@ -111,10 +118,14 @@ class SSLMetaArch(nn.Module):
                 float32, crop-major; collated_masks [2 * B, N] bool; mask_indices_list [M], positions in the flattened
                 masks; masks_weight [M], 1 / (masked patches of the patch's image).
             teacher_temp: teacher temperature, > 0.
+            dino_local_loss_weight: factor on the local crops' part of the DINO loss, >= 0.
             backprop: called with the total loss; scales it where gradients are accumulated or in float16.
 
         Returns:
-            0-dim tensors without gradient: total_loss, each loss before its weight, and signs of collapse.
+            0-dim tensors without gradient: total_loss, each loss before its weight, and signs of collapse. The losses
+            are means, as DINOv3 records them, of cross-entropies over pairs of crops or over masked patches (KoLeo:
+            over the global crops), so they can be compared between runs whose weights and numbers of crops differ;
+            log K is a uniform guess. DINOv2 records them weighed by pairs of crops, KoLeo with its weight, iBOT halved.
         """
         with torch.autocast(
             images["collated_global_crops"].device.type,
@@ -122,7 +133,7 @@ class SSLMetaArch(nn.Module):
             enabled=self.autocast_dtype != torch.float32,
         ):
             targets = self.teacher_targets(images, teacher_temp=teacher_temp)
-            total, metrics = self.student_losses(images, targets)
+            total, metrics = self.student_losses(images, targets, dino_local_loss_weight=dino_local_loss_weight)
         backprop(total)
         metrics |= {
             "total_loss": total.detach(),
@@ -155,7 +166,9 @@ class SSLMetaArch(nn.Module):
             feature_std=unit.std(dim=0, correction=0).square().sum().sqrt(),
         )
 
-    def student_losses(self, images: dict[str, Tensor], targets: TeacherTargets) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_losses(
+        self, images: dict[str, Tensor], targets: TeacherTargets, *, dino_local_loss_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all losses and, by name, each loss before its weight."""
         crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
         if self.num_local_crops:
@@ -165,16 +178,24 @@ class SSLMetaArch(nn.Module):
         cls = torch.cat([t["x_norm_clstoken"] for t in tokens])  # [(2 + L) * B, D]
         global_cls = tokens[0]["x_norm_clstoken"]  # [2 * B, D]
 
-        criterion = self.dino_loss.criterion(targets.cls, num_local_crops=self.num_local_crops)
+        criterion = self.dino_loss.criterion(
+            targets.cls,
+            num_local_crops=self.num_local_crops,
+            ignore_diagonal=self.dino_global_ignore_diagonal,
+            local_weight=dino_local_loss_weight,
+        )
         dino, local_loss, global_loss = self.student.dino_head(cls, criterion)
         total = self.dino_loss_weight * dino
-        metrics = {"dino_local_crops_loss": local_loss, "dino_global_crops_loss": global_loss}
+        metrics = {
+            "dino_local_crops_loss": local_loss,
+            "dino_local_loss_weight": total.new_full((), dino_local_loss_weight),
+            "dino_global_crops_loss": global_loss,
+        }
 
         if self.koleo_loss_weight > 0:
             koleo = sum(self.koleo_loss(crop) for crop in global_cls.chunk(_NUM_GLOBAL_CROPS))
             total = total + self.koleo_loss_weight * koleo
-            # The parents log the weighted mean over crops.
-            metrics["koleo_loss"] = self.koleo_loss_weight * koleo.detach() / _NUM_GLOBAL_CROPS
+            metrics["koleo_loss"] = koleo.detach() / _NUM_GLOBAL_CROPS
 
         if targets.patch is not None:
             masked = tokens[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, images["mask_indices_list"])
@@ -183,7 +204,7 @@ class SSLMetaArch(nn.Module):
             )
             (ibot,) = _patch_head(self.student)(masked, criterion)
             total = total + self.ibot_loss_weight * ibot
-            metrics["ibot_loss"] = ibot.detach() / _NUM_GLOBAL_CROPS
+            metrics["ibot_loss"] = ibot.detach()
         return total, metrics
 
     def _assign(self, loss: DINOLoss | iBOTPatchLoss, scores: Tensor, teacher_temp: float) -> Assignments:
@@ -215,7 +236,7 @@ def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
     """Build backbone and heads as the config says; a teacher has no stochastic depth."""
     backbone = build_backbone(cfg, drop_path_rate=0.0 if of_teacher else cfg.student.drop_path_rate)
     networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
-    if cfg.ibot.separate_head:
+    if cfg.ibot.separate_head and cfg.ibot.loss_weight > 0:
         networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
     return networks
 
@@ -228,6 +249,7 @@ def _head(in_dim: int, section: HeadConfig) -> DINOHead:
         nlayers=section.head_nlayers,
         hidden_dim=section.head_hidden_dim,
         bottleneck_dim=section.head_bottleneck_dim,
+        weight_norm=section.head_weight_norm,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset
+from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset, require_trainable
 from dinov2.configs.run_sections import TrainConfig
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
@@ -30,6 +30,7 @@ from dinov2.train.build import (
     build_metric_logger,
     build_model,
     build_optimizer,
+    build_schedules,
     plan_run,
     seed_global_generators,
 )
@@ -38,7 +39,7 @@ from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.resume import require_something_to_evaluate, resume
 from dinov2.train.run_folder import CURVES_NAME, begin_run, prepare_output_dir
-from dinov2.train.schedules import Schedules, StepValues
+from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stop_signal import StopSignal
 from dinov2.train.update import CancelledSteps, agree, clip_gradients
@@ -99,6 +100,7 @@ def _run(argv: Sequence[str] | None) -> int:
         overrides.append("train.resume=false")
     cfg = load_config(args.config_file, overrides)
     require_train_dataset(cfg)
+    require_trainable(cfg)
     batch_size_per_rank(cfg, world_size=distributed.launched_world_size())
     env = distributed.init(cfg.compute_precision.device)
     if env.device.type == "cpu":
@@ -136,7 +138,7 @@ def do_train(
     model = build_model(cfg, device=env.device)
     optimizer = build_optimizer(cfg, model)
     scaler = build_grad_scaler(cfg, device=env.device)
-    schedules = Schedules(cfg, lr=plan.lr, epoch_length=plan.epoch_length)
+    schedules = build_schedules(cfg, plan=plan)
     saver = build_checkpointer(cfg, model, optimizer=optimizer, scaler=scaler, output_dir=output_dir, plan=plan)
     start = resume(cfg, saver.checkpointer, model)
     _log_start(model, plan=plan, dataset_size=len(dataset), env=env)
@@ -165,7 +167,7 @@ def do_train(
             values = schedules[step]
             apply_schedules(optimizer, values)
 
-            metrics = forward_backward(model, batches, plan=plan, teacher_temp=values.teacher_temp, scaler=scaler)
+            metrics = forward_backward(model, batches, plan=plan, values=values, scaler=scaler)
             samples_seen += plan.global_batch_size
 
             scaler.unscale_(optimizer)
@@ -204,7 +206,7 @@ def forward_backward(
     batches: DeviceBatches,
     *,
     plan: RunPlan,
-    teacher_temp: float,
+    values: StepValues,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
     """Add up the gradients of one optimiser step; returns the metrics, means over its batches."""
@@ -213,7 +215,10 @@ def forward_backward(
     totals: dict[str, Tensor] = {}
     for _ in range(plan.accumulation_steps):
         metrics = model.forward_backward(
-            next(batches), teacher_temp=teacher_temp, backprop=lambda loss: scaler.scale(loss * share).backward()
+            next(batches),
+            teacher_temp=values.teacher_temp,
+            dino_local_loss_weight=values.dino_local_loss_weight,
+            backprop=lambda loss: scaler.scale(loss * share).backward(),
         )
         totals = {name: totals.get(name, 0) + value * share for name, value in metrics.items()}
     return totals
