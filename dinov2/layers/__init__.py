@@ -9,6 +9,7 @@ from dinov2.layers.norms import NORM_LAYERS
 from dinov2.layers.patch_embed import PatchEmbed
 from dinov2.layers.rope import RopePositionEmbedding
 from dinov2.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused, SwiGLUFFNSeparate
+from dinov2.layers.sync_batchnorm import SyncBatchNorm
 
 __all__ = [
     "NORM_LAYERS",
@@ -23,4 +24,5 @@ __all__ = [
     "SwiGLUFFN",
     "SwiGLUFFNFused",
     "SwiGLUFFNSeparate",
+    "SyncBatchNorm",
 ]

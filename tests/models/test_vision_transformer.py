@@ -213,7 +213,7 @@ def test_unknown_names_list_the_known_ones():
         build_model("vit_huge")
     assert str(error.value) == (
         "arch=vit_huge: must be one of vit_tiny, vit_small, vit_base, vit_large, vit_so400m, vit_huge2, vit_giant2, "
-        "vit_7b"
+        "vit_7b, resnet18, resnet34, resnet50, resnet101, resnet152"
     )
     with pytest.raises(
         ConfigError, match=r"^ffn_layer=moe: must be one of mlp, swiglu, swiglufused, swiglu32, swiglu64, swiglu128$"
