@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dinov2.errors import CheckpointError
-from dinov2.models.vision_transformer import SIZES
+from dinov2.models.sizes import SIZES
 
 __all__ = [
     "Architecture",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2.models.vision_transformer import interpolate_positions
+from dinov2.models.positions import interpolate_positions
 
 
 def resize_positions(pos_embed: Tensor, side: int, *, offset: float, antialias: bool) -> Tensor:

@@ -1,163 +1,261 @@
 """Load a backbone's weights from a file, whole or not at all, and say what was loaded.
 
-Recognised: a bare state dict with the official names (`blocks.0.attn.qkv.weight`), one under `model`, or one under
-`teacher` / `student` whose names start with `backbone.`; each with or without `module.` in front, and with the blocks
-of a training run with block chunks (`blocks.0.3.*` for block 3).
+Loading is planned first, from names and shapes alone: which network of the file, which naming, what is converted,
+resized, missing, unused, and whether it fits. Tensors are then read one at a time, so that a model needs its own
+memory and that of one tensor.
 """
 
+import functools
 import logging
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.errors import CheckpointError
-from dinov2.hub.mismatch import explain_mismatch
-from dinov2.hub.read_weights import read_weights
-from dinov2.models.vision_transformer import DinoVisionTransformer, interpolate_positions
+from dinov2.hub.formats import Converted, to_official
+from dinov2.hub.mismatch import explain_head_mismatch, explain_mismatch
+from dinov2.hub.open_weights import open_weights
+from dinov2.hub.report import LoadReport
+from dinov2.hub.resize import adapt_in_chans, resize_patch_embed, resize_positions
+from dinov2.hub.stored_tensor import State, StoredTensor
+from dinov2.hub.weights_file import WeightsFile
 
-__all__ = ["LoadReport", "extract_backbone", "flatten_block_chunks", "load_backbone_weights", "read_weights"]
+__all__ = [
+    "LoadReport",
+    "WeightsPlan",
+    "choose_network",
+    "load_backbone_weights",
+    "open_weights",
+    "plan_head",
+    "plan_weights",
+]
 
 logger = logging.getLogger(__name__)
 
-MAY_BE_MISSING = frozenset({"mask_token"})  # used in training only; some released files come without it
-_WRAPPERS = ("teacher", "student", "model")
-_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
-_BACKBONE = "backbone."
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
+# Not in every released or converted file: used in training only, or the same in every model.
+MAY_BE_MISSING = re.compile(
+    r"mask_token|rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask|local_cls_norm\.(weight|bias)"
+    r"|.+\.num_batches_tracked"
+)
+_KERNELS = ("patch_embed.proj.weight", "conv1.weight")  # first layer of a vision transformer, of a ResNet
+_NETWORKS = ("teacher", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What `load_backbone_weights` did: tensor names by fate."""
+class WeightsPlan:
+    """How to fill a backbone. Reading a tensor of `state` or `heads` raises CheckpointError if it is not finite."""
 
-    path: str
-    found_under: str | None  # key of the file that held the state dict; None: the file is the state dict
-    loaded: tuple[str, ...]
-    resized: tuple[str, ...]  # of those, the ones interpolated to the model's grid of patches
-    missing: tuple[str, ...]  # in the model, not in the file: left at their initial value
-    unused: tuple[str, ...]  # in the file, not part of the backbone (heads)
-
-    def __str__(self) -> str:
-        """Give the counts in one line."""
-        names = f" ({', '.join(self.missing)})" if self.missing else ""
-        fates = f"loaded={len(self.loaded)} resized={len(self.resized)} missing={len(self.missing)}{names}"
-        return f"weights={self.path} {fates} unused={len(self.unused)}"
+    state: State  # the model's names; converted and resized when read
+    missing: tuple[str, ...]  # names of the model that keep their initial values
+    heads: dict[str, State]  # projection heads of the file: dino_head, ibot_head; see `plan_head`
+    report: LoadReport
 
 
-def load_backbone_weights(model: nn.Module, path: str | Path, *, checkpoint_key: str = "teacher") -> LoadReport:
-    """Copy the weights of a file into a backbone, in place; nothing is changed when they do not fit.
+def plan_weights(
+    model: nn.Module,
+    weights: str | Path | WeightsFile,
+    *,
+    checkpoint_key: str = "teacher",
+    allow_partial: bool = False,
+) -> WeightsPlan:
+    """Find out, from names and shapes alone, how a file fills a backbone.
 
     Args:
-        model: backbone with the official parameter names, on any device, not yet sharded.
-        path: `.pth` or `.safetensors` file.
+        model: backbone, on any device, the meta device too; left unchanged.
+        weights: a path or name that `open_weights` takes, or what it returned.
         checkpoint_key: which network to take from a file that holds several, `teacher` or `student`.
+        allow_partial: leave the rest at its initial values where the file has less than the whole backbone.
 
     Raises:
-        CheckpointError: the file cannot be read, or it is not exactly this backbone (`mask_token` may be missing).
+        CheckpointError: the file cannot be read, or does not fit (with its likely cause), or fits in nothing.
     """
-    state, unused, found_under = extract_backbone(read_weights(path), path=path, checkpoint_key=checkpoint_key)
+    file = weights if isinstance(weights, WeightsFile) else open_weights(weights)
+    key = choose_network(file, checkpoint_key)
+    converted = to_official(file.states[key], path=file.path, network=checkpoint_key)
     own = model.state_dict()
-    resized = _resize_positions(model, state)
-    problem = explain_mismatch(own, state, may_be_missing=MAY_BE_MISSING)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}")
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise CheckpointError(f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinity (first: {bad[0]})")
-    model.load_state_dict(state, strict=False)  # the names were compared above
-    report = LoadReport(
-        path=str(path),
+    implied = {name: tensor for name, tensor in converted.implied.items() if name in own}
+    fitted, resized = _fit(model, own, implied | converted.state)
+    problem = explain_mismatch(own, fitted, may_be_missing=[n for n in own if MAY_BE_MISSING.fullmatch(n)])
+    usable = {name: fitted[name] for name in own if name in fitted and fitted[name].shape == own[name].shape}
+    if problem and not (allow_partial and usable):
+        raise CheckpointError(f"{file.path}: {problem}")
+    return WeightsPlan(
+        state=_refuse_non_finite(usable, path=file.path),
+        missing=tuple(name for name in own if name not in usable),
+        heads={name: _refuse_non_finite(head, path=file.path) for name, head in converted.heads.items()},
+        report=_report(file, key or None, own=own, converted=converted, usable=usable, resized=resized),
+    )
+
+
+def choose_network(file: WeightsFile, checkpoint_key: str) -> str:
+    """Choose the key of `file.states` to load: the one asked for, else the only network, however it is wrapped.
+
+    Raises:
+        CheckpointError: there is no network, or only another than the one asked for.
+    """
+    states = file.states
+    if not states:
+        keys = f" ({', '.join(file.extra_keys)})" if file.extra_keys else ""
+        raise CheckpointError(
+            f"{file.path}: holds no network{keys}; give the file of the model, e.g. teacher_checkpoint.pth"
+        )
+    if checkpoint_key in states:
+        return checkpoint_key
+    if checkpoint_key not in _NETWORKS:
+        present = ", ".join(filter(None, states)) or "teacher, student"
+        raise CheckpointError(f"{file.path}: has no '{checkpoint_key}'; use one of {present}")
+    wrappers = [key for key in ("", "model", "state_dict") if key in states]
+    wrappers += [key for key in states if key not in (*_NETWORKS, *wrappers)]
+    if not wrappers:
+        raise CheckpointError(
+            f"{file.path}: has no '{checkpoint_key}' but has '{next(iter(states))}'; ask for that key"
+        )
+    return wrappers[0]
+
+
+def _refuse_non_finite(state: State, *, path: str) -> State:
+    def check(name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity; the file is damaged, or its training had diverged"
+            )
+        return tensor
+
+    return {name: tensor.map(tensor.shape, functools.partial(check, name)) for name, tensor in state.items()}
+
+
+def _fit(model: nn.Module, own: Mapping[str, Tensor], state: State) -> tuple[State, dict[str, str]]:
+    """Resize positions and the first kernel where only their size differs; say what was resized."""
+    fitted, resized = dict(state), {}
+    for name in (*_KERNELS, "pos_embed"):
+        if name not in own or name not in state or own[name].shape == state[name].shape:
+            continue
+        want = own[name].shape
+        result = (
+            _fit_positions(model, want, state[name]) if name == "pos_embed" else _fit_kernel(name, want, state[name])
+        )
+        if result:
+            fitted[name], resized[name] = result
+    return fitted, resized
+
+
+def _fit_positions(model: nn.Module, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
+    have = stored.shape
+    side, wanted = math.isqrt(have[1] - 1), math.isqrt(want[1] - 1)
+    if have[2] != want[2] or side**2 != have[1] - 1:
+        return None  # a mismatch that has its own sentence
+    resize = functools.partial(
+        resize_positions, side=wanted, offset=model.interpolate_offset, antialias=model.interpolate_antialias
+    )
+    return stored.map(want, resize), f"{side}x{side} -> {wanted}x{wanted} patches"
+
+
+def _fit_kernel(name: str, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
+    have = stored.shape
+    if len(have) != 4 or have[0] != want[0] or have[2] != have[3]:
+        return None
+    changes = []
+    if have[1] != want[1]:
+        changes.append(f"{have[1]} -> {want[1]} channels")
+        stored = stored.map((have[0], want[1], *have[2:]), functools.partial(adapt_in_chans, in_chans=want[1]))
+    if have[2:] != want[2:]:
+        if name != "patch_embed.proj.weight":
+            return None
+        changes.append(f"patches of {have[2]} -> {want[2]} px")
+        stored = stored.map(want, functools.partial(resize_patch_embed, patch_size=want[2]))
+    return stored, ", ".join(changes)
+
+
+def _report(
+    file: WeightsFile,
+    found_under: str | None,
+    *,
+    own: Mapping[str, Tensor],
+    converted: Converted,
+    usable: State,
+    resized: Mapping[str, str],
+) -> LoadReport:
+    source = file.states[found_under or ""]
+    left_over = [name for name in converted.state if name not in usable]
+    in_heads = {f"{head}.{name}": tensor for head, state in converted.heads.items() for name, tensor in state.items()}
+    unused = {name: math.prod(source[name].shape) for name in converted.unused if name in source}
+    unused |= {name: tensor.numel() for name, tensor in in_heads.items()}
+    unused |= {name: converted.state[name].numel() for name in left_over}
+    fates = {
+        "loaded": tuple(usable),
+        "converted": tuple(name for name in converted.converted if name in usable),
+        "missing": tuple(name for name in own if name not in usable),
+    }
+    resized = {name: text for name, text in resized.items() if name in usable}
+    counts = {fate: sum(own[name].numel() for name in names) for fate, names in (fates | {"resized": resized}).items()}
+    return LoadReport(
+        path=file.path,
+        naming=converted.naming,
         found_under=found_under,
-        loaded=tuple(state),
         resized=resized,
-        missing=tuple(name for name in own if name not in state),
-        unused=unused,
+        unused=tuple(unused),
+        num_parameters=counts | {"unused": sum(unused.values())},
+        **fates,
     )
-    logger.info("%s", report)
-    return report
 
 
-def _resize_positions(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
-    """Interpolate the file's positions to the model's grid, in place, by the model's own rule; names what changed."""
-    if not isinstance(model, DinoVisionTransformer) or "pos_embed" not in state:
-        return ()
-    have, want = state["pos_embed"].shape, model.pos_embed.shape
-    side, wanted_side = math.isqrt(have[1] - 1), math.isqrt(want[1] - 1)
-    if have == want or have[2] != want[2] or side**2 != have[1] - 1:
-        return ()  # fits, or a mismatch that has its own sentence
-    state["pos_embed"] = interpolate_positions(
-        state["pos_embed"],
-        wanted_side,
-        wanted_side,
-        offset=model.interpolate_offset,
-        antialias=model.interpolate_antialias,
-    )
-    return ("pos_embed",)
-
-
-def extract_backbone(
-    content: Mapping[str, Any], *, path: str | Path, checkpoint_key: str = "teacher"
-) -> tuple[dict[str, Tensor], tuple[str, ...], str | None]:
-    """Find the backbone's state dict in what a file holds and give its tensors their official names.
+def plan_head(head: nn.Module, state: State) -> State | str:
+    """Compare a projection head of `WeightsPlan.heads` with the model's.
 
     Args:
-        content: as `read_weights` returns it; left unchanged.
-        path: for error sentences.
-        checkpoint_key: which network to take from a file that holds several.
+        head: `DINOHead`, on any device; left unchanged.
+        state: the head of the file, without the head's name.
 
     Returns:
-        (state dict, names of tensors that are not part of the backbone, key of the file that held the state dict).
+        The tensors to copy when it fits, else what differs, for a line in the log.
+    """
+    return explain_head_mismatch(head.state_dict(), state) or state
+
+
+def load_backbone_weights(
+    model: nn.Module, path: str | Path, *, checkpoint_key: str = "teacher", allow_partial: bool = False
+) -> LoadReport:
+    """Copy the weights of a file into a backbone, in place; nothing is changed when they do not fit.
+
+    A model on the meta device is made on the CPU, and what the file does not have is initialised as seed 0 does it;
+    another model keeps what it has there. Memory: the model, and one tensor of the file at a time.
+
+    Args:
+        model: backbone with the official parameter names, not sharded.
+        path: a path or name that `open_weights` takes.
+        checkpoint_key: which network to take from a file that holds several, `teacher` or `student`.
+        allow_partial: accept less than the whole backbone (`student.allow_partial_weights`).
 
     Raises:
-        CheckpointError: there is no state dict, or not the one asked for.
+        CheckpointError: the file cannot be read, does not fit, or holds NaN or infinity. The model is as before.
     """
-    found_under = _choose_wrapper(content, path=path, checkpoint_key=checkpoint_key)
-    state = content if found_under is None else content[found_under]
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        where = "" if found_under is None else f" under '{found_under}'"
-        raise CheckpointError(
-            f"{path}: is not a known file of weights; '{others[0]}'{where} is a {type(state[others[0]]).__name__}, "
-            "not a tensor (known: a state dict, bare or under 'teacher', 'student' or 'model')"
-        )
-    state = {_PREFIX.sub("", name): tensor for name, tensor in state.items()}
-    unused: tuple[str, ...] = ()
-    if any(name.startswith(_BACKBONE) for name in state):
-        unused = tuple(name for name in state if not name.startswith(_BACKBONE))
-        state = {
-            _PREFIX.sub("", name.removeprefix(_BACKBONE)): tensor
-            for name, tensor in state.items()
-            if name.startswith(_BACKBONE)
-        }
-    return flatten_block_chunks(state), unused, found_under
+    plan = plan_weights(model, path, checkpoint_key=checkpoint_key, allow_partial=allow_partial)
+    is_meta = any(tensor.is_meta for tensor in model.state_dict().values())
+    if is_meta:
+        model.to_empty(device="cpu")
+        if plan.missing or _has_unsaved_buffers(model):
+            model.init_weights(torch.Generator().manual_seed(0))
+    else:
+        for stored in plan.state.values():  # a refusal must come before the first copy
+            stored.read()
+    own = model.state_dict()
+    try:
+        with torch.no_grad():
+            for name, stored in plan.state.items():
+                own[name].copy_(stored.read())
+    except CheckpointError:
+        if is_meta:
+            model.to_empty(device="meta")
+        raise
+    logger.info("%s", plan.report)
+    return plan.report
 
 
-def _choose_wrapper(content: Mapping[str, Any], *, path: str | Path, checkpoint_key: str) -> str | None:
-    present = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    if checkpoint_key not in (*_WRAPPERS, *content):
-        raise CheckpointError(
-            f"{path}: has no '{checkpoint_key}'; use one of {', '.join(present) or 'teacher, student'}"
-        )
-    if isinstance(content.get(checkpoint_key), Mapping):
-        return checkpoint_key
-    if {"optimizer", "iteration"} <= content.keys():
-        raise CheckpointError(
-            f"{path}: is a training checkpoint, not a backbone; "
-            "give a teacher_checkpoint.pth from the eval folder of the run"
-        )
-    if "model" in present:
-        return "model"
-    if present:
-        raise CheckpointError(f"{path}: has no '{checkpoint_key}' but has '{present[0]}'; ask for that key")
-    return None
-
-
-def flatten_block_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the blocks of a chunked training run: `blocks.1.7.*` (block 7, in chunk 1) becomes `blocks.7.*`."""
-    return {_CHUNKED_BLOCK.sub(r"blocks.\1.", name): tensor for name, tensor in state.items()}
+def _has_unsaved_buffers(model: nn.Module) -> bool:
+    saved = model.state_dict().keys()
+    return any(name not in saved for name, _ in model.named_buffers())

@@ -1,17 +1,23 @@
-"""Loading backbone weights: every known file layout, whole or not at all, and one sentence for each way to fail."""
+"""Loading backbone weights: whole or not at all, and a report of what was loaded, converted, resized, left, unused."""
 
-import argparse
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dinov2.errors import CheckpointError
-from dinov2.hub.weights import flatten_block_chunks, load_backbone_weights, read_weights
-from dinov2.models import DinoVisionTransformer
+from dinov2.hub.stored_tensor import StoredTensor
+from dinov2.hub.weights import choose_network, load_backbone_weights, plan_head, plan_weights
+from dinov2.hub.weights_file import WeightsFile
+from dinov2.layers.dino_head import DINOHead
+from dinov2.models import DinoVisionTransformer, build_model
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1e-5}
+V3 = {"pos_embed_type": "rope", "num_register_tokens": 2, "mask_k_bias": True}
 
 
 def backbone(seed=0, **settings):
@@ -24,6 +30,11 @@ def backbone(seed=0, **settings):
     return model
 
 
+def on_meta(**settings):
+    with torch.device("meta"):
+        return DinoVisionTransformer(**(SMALL | settings))
+
+
 def chunked(state):
     return {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", name): tensor for name, tensor in state.items()}
 
@@ -33,17 +44,25 @@ def prefixed(state, prefix):
 
 
 LAYOUTS = {
-    "bare": lambda state: state,
-    "module": lambda state: prefixed(state, "module."),
-    "model": lambda state: {"model": state, "epoch": 3},
-    "model_prefixed": lambda state: {"model": prefixed(state, "module.backbone.")},
-    "teacher": lambda state: {"teacher": prefixed(state, "backbone.") | {"dino_head.last_layer.weight": torch.ones(2)}},
-    "both": lambda state: {
-        "student": prefixed({k: v + 1 for k, v in state.items()}, "backbone."),
-        "teacher": prefixed(state, "module.backbone."),
-    },
-    "chunked": lambda state: {"teacher": prefixed(chunked(state), "backbone.")},
-    "bare_chunked": chunked,
+    "bare": (None, lambda state: state),
+    "module": (None, lambda state: prefixed(state, "module.")),
+    "compiled": (None, lambda state: prefixed(state, "_orig_mod.")),
+    "model": ("model", lambda state: {"model": state, "epoch": 3}),
+    "model_prefixed": ("model", lambda state: {"model": prefixed(state, "module.backbone.")}),
+    "state_dict": ("state_dict", lambda state: {"state_dict": prefixed(state, "backbone."), "epoch": 3}),
+    "teacher": (
+        "teacher",
+        lambda state: {"teacher": prefixed(state, "backbone.") | {"dino_head.last_layer.weight": torch.ones(2)}},
+    ),
+    "both": (
+        "teacher",
+        lambda state: {
+            "student": prefixed({k: v + 1 for k, v in state.items()}, "backbone."),
+            "teacher": prefixed(state, "module.backbone."),
+        },
+    ),
+    "chunked": ("teacher", lambda state: {"teacher": prefixed(chunked(state), "backbone.")}),
+    "bare_chunked": (None, chunked),
 }
 
 
@@ -58,43 +77,103 @@ def saved(path, state):
     return path
 
 
+def copy_of(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def assert_equal(state, expected):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_known_layouts_load_whole(tmp_path, layout):
-    source, model = backbone(0), backbone(1)
-    path = saved(tmp_path / "weights.pth", LAYOUTS[layout](source.state_dict()))
-    report = load_backbone_weights(model, path)
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+@pytest.mark.parametrize("settings", [{}, V3], ids=["dinov2", "dinov3"])
+def test_known_layouts_load_whole(tmp_path, layout, settings):
+    source, model = backbone(0, **settings), backbone(1, **settings)
+    key, make = LAYOUTS[layout]
+    report = load_backbone_weights(model, saved(tmp_path / "weights.pth", make(source.state_dict())))
+    assert_equal(model.state_dict(), source.state_dict())
     assert (len(report.loaded), report.missing) == (len(source.state_dict()), ())
+    assert report.found_under == key and report.naming == ("DINOv3" if settings else "DINOv2")
     assert report.unused == (("dino_head.last_layer.weight",) if layout == "teacher" else ())
+    assert report.num_parameters["loaded"] == sum(tensor.numel() for tensor in source.state_dict().values())
 
 
 def test_safetensors_load(tmp_path):
     source, model = backbone(0), backbone(1)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     load_backbone_weights(model, tmp_path / "weights.safetensors")
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
+    assert_equal(model.state_dict(), source.state_dict())
 
 
-def test_old_format_of_pytorch_loads(tmp_path):
+def test_half_precision_files_fill_a_model_of_float32(tmp_path):
     source, model = backbone(0), backbone(1)
-    torch.save(source.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    load_backbone_weights(model, tmp_path / "old.pth")
-    assert torch.equal(model.cls_token, source.cls_token)
+    load_backbone_weights(model, saved(tmp_path / "w.pth", copy_of(source.half().state_dict())))
+    assert model.cls_token.dtype == torch.float32
+    assert_equal(model.half().state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, V3], ids=["dinov2", "dinov3"])
+def test_a_model_on_the_meta_device_is_made_and_filled(tmp_path, settings):
+    source, model = backbone(0, **settings), on_meta(**settings)
+    load_backbone_weights(model, saved(tmp_path / "w.pth", source.state_dict()))
+    assert_equal(model.state_dict(), source.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(image), source.eval()(image))
+
+
+def test_what_a_meta_model_lacks_is_initialised_the_same_each_time(tmp_path):
+    state = copy_of(backbone(0, **V3).state_dict())
+    lacking = ("mask_token", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask", "blocks.1.attn.qkv.bias_mask")
+    expected = copy_of(state) | {"mask_token": torch.zeros_like(state["mask_token"])}
+    path = saved(tmp_path / "w.pth", {name: tensor for name, tensor in state.items() if name not in lacking})
+    model = on_meta(**V3)
+    report = load_backbone_weights(model, path)
+    assert set(report.missing) == set(lacking)
+    assert_equal(model.state_dict(), expected)  # masks and periods are constants
+    partial = {name: state[name] for name in ("cls_token", "norm.bias", "norm.weight")}
+    first, second = on_meta(**V3), on_meta(**V3)
+    for model in (first, second):
+        load_backbone_weights(model, saved(tmp_path / "w.pth", partial), allow_partial=True)
+    assert_equal(second.state_dict(), first.state_dict())
+    assert not any(tensor.isnan().any() for tensor in first.state_dict().values())
+
+
+def test_planning_reads_no_tensor():
+    def refuse():
+        raise AssertionError("only the plan is wanted")
+
+    source = backbone(img_size=64, patch_size=16, in_chans=1).state_dict()
+    state = {name: StoredTensor(tensor.shape, tensor.dtype, refuse) for name, tensor in source.items()}
+    plan = plan_weights(on_meta(), WeightsFile("w.pth", "PyTorch file", {"": state}))
+    assert set(plan.state) == set(source) and plan.missing == ()
+    assert set(plan.report.resized) == {"patch_embed.proj.weight"}  # 4 x 4 patches in both
 
 
 def test_checkpoint_key_chooses_the_network(tmp_path):
     source, model = backbone(0), backbone(1)
-    path = saved(tmp_path / "both.pth", LAYOUTS["both"](source.state_dict()))
+    path = saved(tmp_path / "both.pth", LAYOUTS["both"][1](source.state_dict()))
     report = load_backbone_weights(model, path, checkpoint_key="student")
     assert report.found_under == "student"
     assert torch.equal(model.cls_token, source.cls_token + 1)
 
 
 def test_absent_checkpoint_key_is_refused(tmp_path):
-    path = saved(tmp_path / "teacher.pth", LAYOUTS["teacher"](backbone().state_dict()))
+    path = saved(tmp_path / "teacher.pth", LAYOUTS["teacher"][1](backbone().state_dict()))
     assert fails_with(path, checkpoint_key="student") == "has no 'student' but has 'teacher'; ask for that key"
     assert fails_with(path, checkpoint_key="ema") == "has no 'ema'; use one of teacher"
+    path = saved(tmp_path / "bare.pth", backbone().state_dict())
+    assert fails_with(path, checkpoint_key="ema") == "has no 'ema'; use one of teacher, student"
+
+
+def test_a_file_without_networks_is_refused():
+    file = WeightsFile("w.pth", "PyTorch file", {}, extra_keys=("optimizer", "iteration"))
+    with pytest.raises(CheckpointError) as caught:
+        choose_network(file, "teacher")
+    assert str(caught.value) == (
+        "w.pth: holds no network (optimizer, iteration); give the file of the model, e.g. teacher_checkpoint.pth"
+    )
 
 
 def test_mask_token_may_be_missing_and_is_reported(tmp_path):
@@ -104,52 +183,126 @@ def test_mask_token_may_be_missing_and_is_reported(tmp_path):
     report = load_backbone_weights(model, saved(tmp_path / "w.pth", state))
     assert report.missing == ("mask_token",)
     assert torch.equal(model.mask_token, before)
-    assert str(report) == f"weights={tmp_path}/w.pth loaded={len(state)} resized=0 missing=1 (mask_token) unused=0"
+    num = sum(tensor.numel() for tensor in state.values())
+    assert str(report) == (
+        f"weights={tmp_path}/w.pth names=DINOv2 loaded={len(state)} ({num / 1e6:.2f} M values) converted=0 resized=0 "
+        "left_at_initial_values=1 (32 values: mask_token) unused=0"
+    )
+
+
+def test_the_report_names_what_was_changed_and_unused(tmp_path):
+    state = prefixed(backbone(img_size=64, in_chans=1).state_dict(), "backbone.")
+    state["backbone.blocks.0.ls1.weight"] = state.pop("backbone.blocks.0.ls1.gamma")
+    state |= {f"dino_head.mlp.{i}.weight": torch.ones(3) for i in range(8)}
+    report = load_backbone_weights(backbone(1), saved(tmp_path / "w.pth", {"teacher": state}))
+    assert report.converted == ("blocks.0.ls1.gamma",)
+    assert report.num_parameters | {"loaded": 0} == {
+        "loaded": 0,
+        "converted": 32,
+        "resized": 17 * 32 + 32 * 3 * 64,
+        "missing": 0,
+        "unused": 24,
+    }
+    text = str(report)
+    assert " key=teacher loaded=" in text and " converted=1 (32 values) " in text
+    assert "resized=2 (6688 values: patch_embed.proj.weight: 1 -> 3 channels, pos_embed: 8x8 -> 4x4 patches)" in text
+    assert text.endswith(
+        "unused=8 (24 values: dino_head.mlp.0.weight, dino_head.mlp.1.weight, dino_head.mlp.2.weight, "
+        "dino_head.mlp.3.weight, dino_head.mlp.4.weight, dino_head.mlp.5.weight, 2 more)"
+    )
 
 
 def test_a_missing_tensor_is_refused_and_nothing_is_changed(tmp_path):
     model = backbone(1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy_of(model.state_dict())
     state = backbone(0).state_dict()
     del state["norm.bias"]
     path = saved(tmp_path / "w.pth", state)
-    assert fails_with(path, model) == "does not fit the model: 1 tensors missing (first: norm.bias)"
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert fails_with(path, model) == (
+        f"it holds {len(before) - 1} of the model's {len(before)} tensors; missing: 1 (first: norm.bias); "
+        "set student.allow_partial_weights=true to load what fits"
+    )
+    assert_equal(model.state_dict(), before)
 
 
-def test_an_unknown_tensor_is_refused(tmp_path):
-    path = saved(tmp_path / "w.pth", backbone(0).state_dict() | {"head.weight": torch.ones(2)})
-    assert fails_with(path) == "does not fit the model: 1 unknown (first: head.weight)"
-
-
-def test_non_finite_weights_are_refused(tmp_path):
-    state = backbone(0).state_dict()
-    state["norm.bias"][0] = float("nan")
+def test_part_of_a_backbone_loads_if_that_is_allowed(tmp_path):
+    source, model = backbone(0, num_register_tokens=4), backbone(1)
+    before = copy_of(model.state_dict())
+    state = {name: tensor for name, tensor in source.state_dict().items() if "blocks.1" not in name}
     path = saved(tmp_path / "w.pth", state)
-    assert fails_with(path) == f"1 of {len(state)} tensors hold NaN or infinity (first: norm.bias)"
+    report = load_backbone_weights(model, path, allow_partial=True)
+    left = {name for name in before if "blocks.1" in name}
+    assert set(report.missing) == left and report.unused == ("register_tokens",)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in left else state[name]), name
+
+
+def test_a_file_that_fits_in_nothing_is_refused_all_the_same(tmp_path):
+    path = saved(tmp_path / "w.pth", backbone(embed_dim=64).state_dict())
+    assert fails_with(path, allow_partial=True) == (
+        "its embedding has 64 features but the model's has 32; set student.embed_dim=64"
+    )
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_non_finite_weights_are_refused_and_nothing_is_changed(tmp_path, meta):
+    state = copy_of(backbone(0).state_dict())
+    state["norm.bias"][0] = float("inf")
+    path = saved(tmp_path / "w.pth", state)
+    model = on_meta() if meta else backbone(1)
+    before = None if meta else copy_of(model.state_dict())
+    assert fails_with(path, model) == (
+        "norm.bias holds NaN or infinity; the file is damaged, or its training had diverged"
+    )
+    if meta:
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+    else:
+        assert_equal(model.state_dict(), before)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"embed_dim": 64}, "its embedding has 64 features but the model's has 32; set student.embed_dim=64"),
-        ({"embed_dim": 384}, "its embedding has 384 features but the model's has 32; set student.arch=vit_small"),
-        ({"depth": 3}, "it has 3 blocks but the model has 2; set student.arch or student.depth"),
+        ({"depth": 3}, "it has 3 blocks but the model has 2; set student.depth=3"),
         (
             {"num_register_tokens": 4},
-            "it has 4 register tokens but the model has 0; set student.num_register_tokens=4",
+            "it has 4 register tokens but the model has 0; set student.num_register_tokens=4, "
+            "and student.interpolate_antialias=true student.interpolate_offset=0",
         ),
         (
             {"ffn_layer": "swiglufused"},
             "its blocks have the FFN 'swiglufused' but the model's 'mlp'; set student.ffn_layer=swiglufused",
         ),
         ({"init_values": None}, "it has no LayerScale but the model has; set student.layerscale=null"),
-        ({"patch_size": 16}, "its patch size is 16 but the model's is 8; set student.patch_size=16"),
-        ({"in_chans": 1}, "it takes images of 1 channels but the model takes 3; set student.in_chans=1"),
+        (
+            V3,
+            "it is a DINOv3 backbone (rotary positions) but the model is a DINOv2 one (learned positions); set "
+            "student.pos_embed_type=rope student.norm_layer=layernormbf16 (or defaults=dinov3), and "
+            "student.num_register_tokens=2 student.mask_k_bias=true",
+        ),
     ],
 )
 def test_the_cause_of_a_mismatch_is_named(tmp_path, settings, sentence):
     assert fails_with(saved(tmp_path / "w.pth", backbone(**settings).state_dict())) == sentence
+
+
+def test_heads_alone_are_refused(tmp_path):
+    head = DINOHead(32, 16, hidden_dim=8, bottleneck_dim=4).state_dict()
+    path = saved(tmp_path / "w.pth", {"teacher": prefixed(head, "dino_head.")})
+    assert fails_with(path) == (
+        "holds only heads (dino_head) and no backbone; give the file that holds the backbone, as a "
+        "teacher_checkpoint.pth does"
+    )
+
+
+def test_an_optimiser_alone_is_refused(tmp_path):
+    model = backbone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = saved(tmp_path / "w.pth", {"optimizer": optimizer.state_dict(), "iteration": 3})
+    assert fails_with(path) == (
+        "holds the state of an optimiser (under 'optimizer') but no network; give the file that holds the weights"
+    )
 
 
 def test_positions_are_resized_to_the_models_grid_by_its_own_rule(tmp_path):
@@ -157,7 +310,7 @@ def test_positions_are_resized_to_the_models_grid_by_its_own_rule(tmp_path):
     path = saved(tmp_path / "w.pth", large.state_dict())
     model = backbone(1)
     report = load_backbone_weights(model, path)
-    assert report.resized == ("pos_embed",) and "resized=1" in str(report)
+    assert report.resized == {"pos_embed": "8x8 -> 4x4 patches"}
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(image), large(image))
 
@@ -166,105 +319,97 @@ def test_positions_that_are_no_square_grid_are_refused(tmp_path):
     state = backbone().state_dict()
     state["pos_embed"] = torch.zeros(1, 12, state["pos_embed"].shape[2])
     assert fails_with(saved(tmp_path / "w.pth", state)) == (
-        "its pos_embed has 12 positions, which are not a class token and a square grid; the model has 17"
+        "its pos_embed has 12 positions, which are not a class token and a square grid"
     )
 
 
-def test_foreign_names_are_recognised(tmp_path):
-    path = saved(tmp_path / "w.pth", {"embeddings.cls_token": torch.ones(1, 1, 32)})
-    assert fails_with(path) == (
-        "holds a backbone with the names of Hugging Face transformers, which cannot be read here; "
-        "use DINOv2's own .pth file"
+def test_a_grey_model_gets_the_same_features_of_grey_images(tmp_path):
+    colour, grey = backbone(), backbone(1, in_chans=1)
+    report = load_backbone_weights(grey, saved(tmp_path / "w.pth", colour.state_dict()))
+    assert report.resized == {"patch_embed.proj.weight": "3 -> 1 channels"}
+    image = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, V3], ids=["dinov2", "dinov3"])
+def test_a_larger_patch_gives_the_same_features_of_larger_patches(tmp_path, settings):
+    small, large = backbone(0, **settings), backbone(1, img_size=64, patch_size=16, **settings)
+    report = load_backbone_weights(large, saved(tmp_path / "w.pth", small.state_dict()))
+    assert report.resized == {"patch_embed.proj.weight": "patches of 8 -> 16 px"}
+    patches = torch.randn(16, 3, 8, 8)
+    resized = torch.nn.functional.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)
+    image, large_image = (  # resized patch by patch
+        tiles.unflatten(0, (4, 4)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None] for tiles in (patches, resized)
     )
-    path = saved(tmp_path / "resnet.pth", {"conv1.weight": torch.ones(3)})
-    assert fails_with(path) == (
-        "is not a vision transformer of DINOv2 (no cls_token or patch_embed); its first name is conv1.weight"
-    )
+    # a pseudo-inverse in float32; bfloat16 angles of RoPE are the same
+    torch.testing.assert_close(large.eval()(large_image), small.eval()(image), atol=1e-3, rtol=1e-3)
 
 
-def test_missing_files_and_folders(tmp_path):
-    assert fails_with(tmp_path / "none.pth") == "no such file of weights"
-    assert fails_with(tmp_path) == "is a folder; give the .pth or .safetensors file in it"
+def test_heads_are_planned_and_fit_or_not(tmp_path):
+    sizes = {"hidden_dim": 8, "bottleneck_dim": 4}
+    source, head = DINOHead(32, 16, **sizes), DINOHead(32, 16, **sizes)
+    for module in (source, head):
+        module.init_weights()
+    state = prefixed(backbone().state_dict(), "backbone.") | prefixed(source.state_dict(), "dino_head.")
+    plan = plan_weights(on_meta(), saved(tmp_path / "w.pth", {"teacher": state}))
+    fitting = plan_head(head, plan.heads["dino_head"])
+    assert_equal({name: stored.read() for name, stored in fitting.items()}, source.state_dict())
+    other = DINOHead(32, 99, **sizes)
+    assert plan_head(other, plan.heads["dino_head"]) == "it has 16 prototypes, the model 99"
+    plain = DINOHead(32, 16, weight_norm=False, **sizes)
+    assert plan_head(plain, plan.heads["dino_head"]) == "it has weight normalisation, the model has none"
+    assert len(plan.report.unused) == len(source.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "is empty (0 bytes); download or save it again"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
-            "is a git-LFS pointer, not the weights; fetch them with: git lfs pull",
-        ),
-        (
-            b"\n<!DOCTYPE html><html>",
-            "is a web page, not weights; the download was answered by a page (log-in or wrong address)",
-        ),
-        (
-            b"some text",
-            "is not a file of weights that PyTorch can read, or is truncated (0.0 MiB); download or save it again",
-        ),
-    ],
-)
-def test_files_that_are_no_weights(tmp_path, content, sentence):
-    (tmp_path / "w.pth").write_bytes(content)
-    assert fails_with(tmp_path / "w.pth") == sentence
+MEASURE = """
+import sys, threading, torch
+from dinov2.hub.weights import load_backbone_weights
+from dinov2.models import build_model
+
+def anonymous_bytes():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+with torch.device("meta"):
+    model = build_model(sys.argv[2], img_size=518, patch_size=14, init_values=1e-5, ffn_layer="swiglufused")
+before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.01):
+        peak = max(peak, anonymous_bytes())
+
+thread = threading.Thread(target=watch)
+thread.start()
+load_backbone_weights(model, sys.argv[1])
+done.set()
+thread.join()
+peak = max(peak, anonymous_bytes())
+print((peak - before) / sum(4 * tensor.numel() for tensor in model.state_dict().values()))
+"""
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.999])
-def test_truncated_files(tmp_path, kept):
-    path = saved(tmp_path / "w.pth", backbone().state_dict())
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    assert re.fullmatch(
-        r"ends early \(0\.\d MiB are there\), it is truncated; download or save it again", fails_with(path)
-    )
-    save_file(backbone().state_dict(), tmp_path / "w.safetensors")
-    content = (tmp_path / "w.safetensors").read_bytes()
-    (tmp_path / "w.safetensors").write_bytes(content[: int(kept * len(content))])
-    assert fails_with(tmp_path / "w.safetensors").startswith(
-        "cannot be read as safetensors, it is truncated or damaged"
-    )
+def peak_over_size(path, arch):
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path), arch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
 
 
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_pickled_objects_are_refused(tmp_path, as_zip):
-    torch.save(
-        {"model": backbone().state_dict(), "args": argparse.Namespace(lr=1)},
-        tmp_path / "w.pth",
-        _use_new_zipfile_serialization=as_zip,
-    )
-    assert fails_with(tmp_path / "w.pth") == (
-        "holds Python objects besides tensors, which are refused because reading them can run code; "
-        "give a teacher_checkpoint.pth, or re-save the state dict alone"
-    )
+def save_zeros(path, arch):
+    """Write a safetensors file of the right size without holding it: its zeros are a hole."""
+    with torch.device("meta"):
+        model = build_model(arch, img_size=518, patch_size=14, init_values=1e-5, ffn_layer="swiglufused")
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
-def test_rank_files_and_training_checkpoints_are_refused(tmp_path):
-    path = saved(tmp_path / "model_0000009.rank_0.pth", {"model": {}})
-    assert fails_with(path) == (
-        "is one rank's part of a training checkpoint; give a teacher_checkpoint.pth from the eval folder of the run"
-    )
-    path = saved(tmp_path / "renamed.pth", {"model": {"a": torch.ones(1)}, "optimizer": {}, "iteration": 3})
-    assert fails_with(path) == (
-        "is a training checkpoint, not a backbone; give a teacher_checkpoint.pth from the eval folder of the run"
-    )
-
-
-def test_other_content_is_refused(tmp_path):
-    assert fails_with(saved(tmp_path / "list.pth", [torch.ones(1)])) == "holds a list, not a dict of named tensors"
-    assert fails_with(saved(tmp_path / "none.pth", {})) == "holds no tensors"
-    assert fails_with(saved(tmp_path / "mixed.pth", {"weights": {"a": torch.ones(1)}})) == (
-        "is not a known file of weights; 'weights' is a dict, not a tensor "
-        "(known: a state dict, bare or under 'teacher', 'student' or 'model')"
-    )
-
-
-def test_read_weights_returns_the_file_as_it_stands(tmp_path):
-    content = read_weights(saved(tmp_path / "w.pth", {"teacher": {"a": torch.ones(2)}}))
-    assert list(content) == ["teacher"] and torch.equal(content["teacher"]["a"], torch.ones(2))
-
-
-def test_block_chunks_are_flattened():
-    names = ["blocks.0.3.norm1.weight", "blocks.12.norm1.weight", "blocks.1.7.mlp.fc1.bias", "cls_token"]
-    flat = flatten_block_chunks({name: torch.ones(1) for name in names})
-    assert list(flat) == ["blocks.3.norm1.weight", "blocks.12.norm1.weight", "blocks.7.mlp.fc1.bias", "cls_token"]
+@pytest.mark.integration
+def test_vit_g_loads_in_little_more_memory_than_its_own(tmp_path):
+    save_zeros(tmp_path / "vitg.safetensors", "vit_giant2")
+    assert 0.95 < peak_over_size(tmp_path / "vitg.safetensors", "vit_giant2") < 1.3
