@@ -22,7 +22,15 @@ CORE = [
     "matplotlib>=3.9",
 ]
 EXTRAS = {
-    "test": ["pytest>=8.2", "ruff>=0.8", "timm>=1.0.9", "lightly>=1.5.13"],
+    "test": [
+        "pytest>=8.2",
+        "ruff>=0.8",
+        "timm>=1.0.20",
+        "transformers>=5.0",
+        "lightly>=1.5.13",
+        "onnx>=1.17",
+        "onnxruntime>=1.19",
+    ],
     "xformers": ["xformers>=0.0.32; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.17"],
     "wandb": ["wandb>=0.18"],

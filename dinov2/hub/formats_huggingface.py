@@ -10,6 +10,7 @@ from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture
 from dinov2.hub.formats_dinov3 import apply_bias_mask, has_key_bias, rope_base
 from dinov2.hub.formats_naming import Naming, constant, layers, tensors
+from dinov2.hub.formats_normalise import zero_biases
 from dinov2.hub.stored_tensor import State
 
 _ATTENTION = {
@@ -78,30 +79,19 @@ HF_DINOV3 = Naming(
 
 def to_huggingface(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
     """Rename a backbone for `from_pretrained`; see `formats.from_official`."""
+    filled = _neutral_parts(state, architecture) | state
     if architecture.has_rope:
-        return _to_dinov3(state, architecture)
-    filled = state | _filled(state, architecture)
-    return HF_DINOV2.write(filled), _dinov2_config(architecture)
+        return _to_dinov3(filled, architecture)
+    return HF_DINOV2.write(zero_biases(state) | filled), _dinov2_config(architecture)
 
 
-def _filled(state: State, architecture: Architecture) -> State:
-    """Make what `transformers` always has: neutral values of parts that this backbone does without."""
-    width, weight = architecture.embed_dim, state["norm.weight"]
-    filled: State = {}
-    if "mask_token" not in state:
-        filled["mask_token"] = constant(0, (1, width), weight.dtype)
+def _neutral_parts(state: State, architecture: Architecture) -> State:
+    """Make parts that these models always have, with values that change nothing."""
+    width, dtype = architecture.embed_dim, state["norm.weight"].dtype
+    parts = {"mask_token": constant(0, (1, width), dtype)}
     for i in range(architecture.depth):
-        block = f"blocks.{i}."
-        if not architecture.layerscale:
-            filled |= {f"{block}{name}.gamma": constant(1, (width,), weight.dtype) for name in ("ls1", "ls2")}
-        if architecture.has_rope:
-            continue  # its config can switch biases off
-        gated = f"{block}mlp.w12.weight" in state
-        for layer in ("attn.proj", *(("mlp.w12", "mlp.w3") if gated else ("mlp.fc1", "mlp.fc2"))):
-            if f"{block}{layer}.bias" not in state:
-                rows = state[f"{block}{layer}.weight"].shape[0]
-                filled[f"{block}{layer}.bias"] = constant(0, (rows,), weight.dtype)
-    return filled
+        parts |= {f"blocks.{i}.{name}.gamma": constant(1, (width,), dtype) for name in ("ls1", "ls2")}
+    return parts
 
 
 def _sizes(architecture: Architecture) -> dict[str, Any]:
@@ -145,9 +135,9 @@ def _whole_ratio(architecture: Architecture) -> int:
     )
 
 
-def _to_dinov3(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
-    width, dtype = architecture.embed_dim, state["norm.weight"].dtype
-    filled = apply_bias_mask(state | _filled(state, architecture))
+def _to_dinov3(filled: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
+    width, dtype = architecture.embed_dim, filled["norm.weight"].dtype
+    filled = apply_bias_mask(filled)
     filled.setdefault("storage_tokens", constant(0, (1, 0, width), dtype))
     filled["mask_token"] = filled["mask_token"].map((1, 1, width), lambda token: token.reshape(1, 1, -1))
     base = rope_base(filled.pop("rope_embed.periods", None))

@@ -5,10 +5,11 @@ import re
 
 import torch
 
-from dinov2.hub.formats_naming import concatenate, slice_part
+from dinov2.hub.formats_naming import concatenate, constant, slice_part
 from dinov2.hub.stored_tensor import State
 
 _BLOCK = re.compile(r"^(blocks\.\d+\.)")
+_LAYER = re.compile(r"^blocks\.\d+\.(?:attn\.proj|mlp\.\w+)\.weight$")
 
 
 def normalise(state: State) -> set[str]:
@@ -77,3 +78,12 @@ def _normalise_ffn(state: State, mlp: str, *, has_rope: bool) -> set[str]:
             state[whole] = concatenate([state.pop(name) for name in parts])
             changed.add(whole)
     return changed
+
+
+def zero_biases(state: State) -> State:
+    """Make the biases of a block's layers, queries, keys and values apart, that this backbone does without."""
+    return {
+        bias: constant(0, weight.shape[:1], weight.dtype)
+        for name, weight in state.items()
+        if _LAYER.search(name) and (bias := name.removesuffix("weight") + "bias") not in state
+    }

@@ -9,7 +9,8 @@ from typing import Any
 from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture
 from dinov2.hub.formats_dinov3 import apply_bias_mask, has_key_bias, rope_base
-from dinov2.hub.formats_naming import Naming, change, constant, layers, tensors
+from dinov2.hub.formats_naming import Naming, change, layers, tensors
+from dinov2.hub.formats_normalise import zero_biases
 from dinov2.hub.formats_official import OFFICIAL
 from dinov2.hub.stored_tensor import State
 
@@ -53,17 +54,8 @@ def to_timm(state: State, architecture: Architecture) -> tuple[State, dict[str, 
     if architecture.family == "resnet":
         return dict(state), {"architecture": architecture.arch, "model_args": {"in_chans": architecture.in_chans}}
     kept = {name: tensor for name, tensor in state.items() if name != "mask_token"}
-    kept |= _zero_biases(kept)
+    kept |= zero_biases(kept)
     return _to_dinov3(kept, architecture) if architecture.has_rope else _to_dinov2(kept, architecture)
-
-
-def _zero_biases(state: State) -> State:
-    """Make the biases that timm's layers always have where this backbone does without."""
-    return {
-        name: constant(0, weight.shape[:1], weight.dtype)
-        for name, weight in ((name.removesuffix("weight") + "bias", tensor) for name, tensor in state.items())
-        if name.startswith("blocks.") and (".mlp." in name or ".attn.proj." in name) and name not in state
-    }
 
 
 def _to_dinov2(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Features of backbones exchanged with timm: same weights, same class, register and patch tokens."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from support.backbones import LEARNED, REGISTERS, ROPE, TINY, assert_same_tokens, load_converted
 from support.formats import randomise, read, shapes_of, stored, unread
 from support.golden import golden_shapes
 
@@ -13,19 +15,8 @@ from dinov2.hub.architecture import describe_architecture
 from dinov2.hub.formats import from_official, to_official
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4}
-LEARNED = TINY | {"img_size": 98, "patch_size": 14, "init_values": 1.0}
-REGISTERS = LEARNED | {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
-ROPE = TINY | {
-    "patch_size": 16,
-    "init_values": 1.0,
-    "num_register_tokens": 4,
-    "pos_embed_type": "rope",
-    "pos_embed_rope_dtype": "fp32",
-    "norm_layer": "layernormbf16",
-    "mask_k_bias": True,
-}
-# our arguments; the timm model and its arguments; image sizes at which both interpolate positions by the same rule
+# our arguments; the timm model and its arguments; image sizes at which both interpolate positions by the same rule:
+# all for registers and RoPE, its own for positions without registers, which timm smooths and scales without offset
 CASES = {
     "dinov2": (LEARNED, "vit_small_patch14_dinov2", TINY | {"img_size": 98}, [(98, 98)]),
     "dinov2 registers": (
@@ -54,7 +45,23 @@ CASES = {
         [(64, 64), (48, 80)],
     ),
 }
-MAY_BE_MISSING = {"mask_token", "rope_embed.periods"}
+RELEASED = {
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vitb14": "vit_base_patch14_dinov2",
+    "dinov2_vitl14": "vit_large_patch14_dinov2",
+    "dinov2_vitg14": "vit_giant_patch14_dinov2",
+    "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
+    "dinov2_vitb14_reg": "vit_base_patch14_reg4_dinov2",
+    "dinov2_vitl14_reg": "vit_large_patch14_reg4_dinov2",
+    "dinov2_vitg14_reg": "vit_giant_patch14_reg4_dinov2",
+    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "dinov3_vitb16": "vit_base_patch16_dinov3_qkvb",
+    "dinov3_vitl16": "vit_large_patch16_dinov3_qkvb",
+    "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3_qkvb",
+    "dinov3_vit7b16": "vit_7b_patch16_dinov3",
+}
+NOT_IN_TIMM = {"mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias"}
 
 
 @pytest.fixture(params=CASES)
@@ -62,45 +69,91 @@ def case(request):
     return CASES[request.param]
 
 
-@torch.no_grad()
-def assert_same_features(ours, theirs, sizes):
-    """1e-4: float32 sums in another order, through two blocks of values around 1."""
-    for height, width in sizes:
-        image = torch.randn(2, 3, height, width)
-        features = ours.forward_features(image)
-        got = [features["x_norm_clstoken"][:, None], features["x_norm_regtokens"], features["x_norm_patchtokens"]]
-        want = theirs.forward_features(image)
-        assert want.std() > 0.1
-        torch.testing.assert_close(torch.cat(got, dim=1), want, rtol=1e-4, atol=1e-4)
-
-
 def test_weights_of_timm_give_the_same_features_here(case):
     settings, name, model_args, sizes = case
     theirs = randomise(timm.create_model(name, num_classes=0, **model_args))
     converted = to_official(stored(theirs.state_dict()), path="w.pth")
-    ours = DinoVisionTransformer(**settings).eval()
-    state = read(converted.state)
-    own = ours.state_dict()
-    missing = {key for key in own if key not in state}
-    assert all(key in MAY_BE_MISSING or key.endswith("bias_mask") for key in missing)
-    ours.load_state_dict(own | state, strict=True)
-    assert_same_features(ours, theirs, sizes)
+    ours = load_converted(DinoVisionTransformer(**settings), read(converted.state))
+    assert_same_tokens(ours, theirs.forward_features, sizes)
     assert converted.unused == () and converted.heads == {}
 
 
 def test_our_weights_give_the_same_features_in_timm(case):
-    settings, name, model_args, sizes = case
+    settings, _, _, sizes = case
     ours = randomise(DinoVisionTransformer(**settings))
-    architecture = describe_architecture(ours.state_dict())
-    state, config = from_official(
-        stored(ours.state_dict()), target="timm", architecture=with_heads(architecture, settings["num_heads"])
-    )
+    state, config = export(ours)
     assert config == json.loads(json.dumps(config))
     dynamic = {"dynamic_img_size": True} if len(sizes) > 1 else {}
     theirs = timm.create_model(config["architecture"], num_classes=0, **config["model_args"], **dynamic).eval()
     theirs.load_state_dict(read(state), strict=True)
-    assert_same_features(ours, theirs, sizes)
+    assert_same_tokens(ours, theirs.forward_features, sizes)
 
 
-def with_heads(architecture, num_heads):
-    return type(architecture)(**(vars(architecture) | {"num_heads": num_heads}))
+def export(ours):
+    architecture = replace(describe_architecture(ours.state_dict()), num_heads=TINY["num_heads"])
+    return from_official(stored(ours.state_dict()), target="timm", architecture=architecture)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_match_timms_by_name_and_shape_both_ways(name):
+    official = golden_shapes(name)
+    with torch.device("meta"):
+        theirs = shapes_of(timm.create_model(RELEASED[name], num_classes=0).state_dict())
+    converted = to_official(unread(theirs), path="w.pth")
+    want = {key: shape for key, shape in official.items() if key not in NOT_IN_TIMM and not key.endswith("bias_mask")}
+    assert shapes_of(converted.state) == want
+    architecture = describe_architecture(unread(official))
+    state = zeros(official) if name.startswith("dinov3") else unread(official)  # RoPE and key biases are looked at
+    state, config = from_official(state, target="timm", architecture=architecture)
+    assert shapes_of(state) == theirs
+    assert config["architecture"] == RELEASED[name]
+    with torch.device("meta"):
+        made = timm.create_model(RELEASED[name], num_classes=0, **config["model_args"]).state_dict()
+    assert shapes_of(made) == theirs
+
+
+def zeros(shapes):
+    state = stored({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
+    num = shapes["rope_embed.periods"][0]
+    return state | stored({"rope_embed.periods": 100 ** (torch.arange(num) / num)})
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+def test_constants_that_timm_leaves_out_of_dinov3_are_implied(name):
+    theirs = timm.create_model(name, num_classes=0, **TINY)
+    converted = to_official(stored(theirs.state_dict()), path="w.pth")
+    bias, mask = (f"blocks.1.attn.qkv.{kind}" for kind in ("bias", "bias_mask"))
+    assert converted.implied[mask].read().view(3, 48).tolist() == [[1] * 48, [0] * 48, [1] * 48]
+    assert (bias in converted.implied) == (bias not in converted.state) == (not name.endswith("qkvb"))
+    assert not converted.implied.get(bias, converted.state.get(bias)).read().any()
+
+
+def test_a_key_bias_has_no_place_in_timms_dinov3():
+    ours = randomise(DinoVisionTransformer(**ROPE | {"mask_k_bias": False}))
+    with pytest.raises(CheckpointError) as caught:
+        export(ours)
+    assert str(caught.value) == "its keys have a bias, for which timm's DINOv3 has no place; export it as hf or dinov2"
+
+
+def test_another_base_of_rope_is_handed_on():
+    ours = randomise(DinoVisionTransformer(**ROPE | {"pos_embed_rope_base": 1000.0}))
+    state, config = export(ours)
+    assert config["model_args"]["rope_temperature"] == 1000.0
+    theirs = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
+    theirs.load_state_dict(read(state), strict=True)
+    assert_same_tokens(ours, theirs.forward_features, [(64, 64)])
+
+
+def test_a_classifier_of_timm_is_left_unused():
+    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=3, img_size=98, **TINY)
+    converted = to_official(stored(theirs.state_dict()), path="w.pth")
+    assert converted.unused == ("head.weight", "head.bias")
+    assert "head.weight" not in converted.state
+
+
+def test_resnets_keep_their_names_in_timm():
+    theirs = timm.create_model("resnet18", num_classes=3).state_dict()
+    converted = to_official(stored(theirs), path="w.pth")
+    assert (converted.naming, converted.unused) == ("torchvision ResNet", ("fc.weight", "fc.bias"))
+    state, config = from_official(converted.state, target="timm", architecture=describe_architecture(converted.state))
+    timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).load_state_dict(read(state))
