@@ -103,8 +103,11 @@ def _read_start(path: Path) -> bytes:
 
 def _is_safetensors(path: Path, start: bytes) -> bool:
     """Say whether to read a file as safetensors: 8 bytes of length, then JSON; or so it is called, for its sentence."""
-    is_torch = start.startswith((_ZIP_START, _PICKLE_START))
-    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not is_torch)
+    if start[8:9] == b"{":
+        return True
+    if path.suffix == ".safetensors" and start.startswith((_ZIP_START, _PICKLE_START)):
+        raise CheckpointError(f"{path}: is not a safetensors file but one of torch.save; rename it to {path.stem}.pth")
+    return path.suffix == ".safetensors"
 
 
 def _open_safetensors(path: Path) -> State:
