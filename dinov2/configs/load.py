@@ -149,16 +149,21 @@ def _require_known(key: str, value: Any, *, source: str) -> None:
 
 def _nearest(key: str) -> str:
     """Return the key that was probably meant: of the same name elsewhere, else of a similar name in the section."""
-    names = [*leaves(), *(name for name, entry in PARENT_KEYS.items() if entry.kind == "honoured")]
-    section, _, last = key.rpartition(".")
-    same_name = [name for name in names if name.rpartition(".")[2] == last]
-    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
-    similar = [beside[name] for name in difflib.get_close_matches(last, beside, n=1)]
-    return difflib.get_close_matches(key, same_name or similar or names, n=1, cutoff=0.0)[0]
+    section, _, last = key.casefold().rpartition(".")
+    names = {name.casefold(): name for name in [*PARENT_KEYS, *leaves()]}
+    parts = {name: name.rpartition(".") for name in names}
+    beside = {end: name for name, (start, _, end) in parts.items() if start == section}
+    same = [name for name, (_, _, end) in parts.items() if end == last]
+    containing = [name for end, name in beside.items() if last in end or (len(end) > 3 and end in last)]
+    similar = [beside[end] for end in difflib.get_close_matches(last, beside, n=1)]
+    candidates = same or containing or similar or [name.casefold() for name in leaves()]
+    return names[difflib.get_close_matches(key.casefold(), candidates, n=1, cutoff=0.0)[0]]
 
 
 def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:
     """Replace `${...}` in the given values, looking at the defaults as well."""
+    if not any("${" in text or text == "???" for value in given.values() for text in _texts(value.value)):
+        return dict(given)  # building OmegaConf's tree takes longer than all the rest
     defaults = {key: leaf.default for key, leaf in leaves().items() if leaf.default is not REQUIRED}
     tree = nest(defaults | {key: value.value for key, value in given.items()})
     try:
@@ -168,6 +173,15 @@ def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:
         written = f"{key}={show_value(given[key].value)}" if key in given else key
         raise ConfigError(f"{written}: cannot be resolved ({str(error).splitlines()[0]})") from None
     return {key: Given(_at(resolved, key), value.layer) for key, value in given.items()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Walk through the texts that a value holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -97,8 +97,10 @@ def _require_complete(section: type, values: Mapping[str, Any]) -> None:
     for field in dataclasses.fields(section):
         if field.name in values or field.default is not REQUIRED or field.default_factory is not REQUIRED:
             continue
-        missing = f"{section.KEY}.{field.name}"
-        if field.name in subsections(section):
-            example = next(iter(leaves(subsections(section)[field.name])))
-            missing = f"{missing}.{example}"
-        raise ConfigError(f"{missing} is not set: a file with {section.KEY} needs it")
+        inner = subsections(section).get(field.name)
+        if inner is None:
+            raise ConfigError(f"{section.KEY}.{field.name} is not set: it has no default")
+        raise ConfigError(
+            f"{section.KEY}.{field.name}.{next(iter(leaves(inner)))} is not set: whoever sets a key of {section.KEY} "
+            f"must set all of its sections: {', '.join(subsections(section))}"
+        )

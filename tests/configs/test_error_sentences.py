@@ -60,6 +60,22 @@ def test_wrong_types(override, expected):
             "train.saveckp_freqs=3",
             "unknown key train.saveckp_freqs on the command line; the nearest known key is train.saveckp_freq",
         ),
+        (
+            "student.rope_base=3",
+            "unknown key student.rope_base on the command line; the nearest known key is student.pos_embed_rope_base",
+        ),
+        ("train.lr=3", "unknown key train.lr on the command line; the nearest known key is optim.lr"),
+        ("model.weights=a", "unknown key model.weights on the command line; the nearest known key is MODEL.WEIGHTS"),
+        (
+            "gram.loss_weights=3",
+            "unknown key gram.loss_weights on the command line; the nearest known key is gram.loss_weight",
+        ),
+        (
+            "ibot.koleo_topk=3",
+            "unknown key ibot.koleo_topk on the command line; the nearest known key is dino.koleo_topk",
+        ),
+        ("gram=3", "gram=3 on the command line: is a section; set its keys, e.g. gram.use_loss"),
+        ("schedules=3", "schedules=3 on the command line: is a section; set its keys, e.g. schedules.lr.start"),
         ("optim=3", "optim=3 on the command line: is a section; set its keys, e.g. optim.optimizer"),
         ("optim.epochs", "argument 'optim.epochs': must be written key=value, e.g. optim.epochs=10"),
         ("=3", "argument '=3': must be written key=value, e.g. optim.epochs=10"),
@@ -162,6 +178,47 @@ def test_unknown_key_of_a_file_names_the_file(tmp_path):
             "set both",
         ),
         (
+            ["student.arch=vit_tiny", "student.num_heads=24", "student.pos_embed_type=rope", "student.embed_dim=240"],
+            "student.embed_dim=240 is not a multiple of 4 * student.num_heads=96, which student.pos_embed_type=rope "
+            "needs; use 192 or 288",
+        ),
+        (
+            ["student.pos_embed_rope_min_period=1"],
+            "student.pos_embed_rope_base=100.0, pos_embed_rope_min_period=1.0 and pos_embed_rope_max_period=null: set "
+            "the base alone, or both periods and base null",
+        ),
+        (
+            ["student.pos_embed_rope_min_period=1", "student.pos_embed_rope_max_period=9"],
+            "student.pos_embed_rope_base=100.0, pos_embed_rope_min_period=1.0 and pos_embed_rope_max_period=9.0: set "
+            "the base alone, or both periods and base null",
+        ),
+        (
+            ["student.pos_embed_rope_base=null"],
+            "student.pos_embed_rope_base=null, pos_embed_rope_min_period=null and pos_embed_rope_max_period=null: set "
+            "the base alone, or both periods and base null",
+        ),
+        (
+            [
+                "student.pos_embed_rope_base=null",
+                "student.pos_embed_rope_min_period=9",
+                "student.pos_embed_rope_max_period=1",
+            ],
+            "student.pos_embed_rope_min_period=9.0 is above student.pos_embed_rope_max_period=1.0",
+        ),
+        (
+            ["student.arch=resnet50"],
+            "student.arch=resnet50 has no patch tokens to mask; set ibot.loss_weight=0",
+        ),
+        (
+            [
+                "dino.reweight_dino_local_loss=true",
+                "dino.local_loss_weight_schedule.warmup_epochs=90",
+                "dino.local_loss_weight_schedule.cosine_epochs=11",
+            ],
+            "dino.local_loss_weight_schedule.warmup_epochs=90 and cosine_epochs=11 go beyond the end of the run at "
+            "optim.epochs=100; shorten them",
+        ),
+        (
             ["train.global_batch_size=30", "optim.gradient_accumulation_steps=4"],
             "train.global_batch_size=30 is not a multiple of 4 (ranks=1 x optim.gradient_accumulation_steps=4); "
             "use 28 or 32",
@@ -195,6 +252,15 @@ def test_keys_that_do_not_fit_together(overrides, expected):
 
 def test_local_crops_need_not_fit_when_there_are_none():
     assert load_config(None, ["student.patch_size=14", "crops.local_crops_number=0"]).crops.local_crops_size == 96
+
+
+def test_resnets_need_no_whole_patches():
+    cfg = load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", "crops.local_crops_size=97"])
+    assert cfg.student.is_resnet and cfg.crops.local_crops_size == 97
+
+
+def test_a_weight_schedule_at_rest_need_not_fit():
+    assert load_config(None, ["dino.local_loss_weight_schedule.warmup_epochs=101"]).optim.epochs == 100
 
 
 def test_batch_size_per_rank():

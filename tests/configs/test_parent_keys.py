@@ -107,9 +107,7 @@ def test_dinov2s_giant_recipe_loads_with_a_note(tmp_path):
         ("train.cudagraphs=true", "train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs"),
         (
             "train.checkpointing=true",
-            "train.checkpointing=true has no effect: activations are kept, for the same result with "
-            "more memory",
-        ,
+            "train.checkpointing=true has no effect: activations are kept, for the same result with more memory",
         ),
         ("student.fp8_enabled=true", "student.fp8_enabled=true has no effect: compute_precision.param_dtype decides"),
         ("teacher.in_chans=4", "teacher.in_chans=4 has no effect: the teacher has the student's channels"),

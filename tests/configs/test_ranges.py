@@ -14,6 +14,11 @@ from dinov2.errors import ConfigError
         ("dino.koleo_loss_weight=-0.1", "at least 0"),
         ("dino.head_n_prototypes=1", "at least 2"),
         ("dino.head_nlayers=0", "at least 1"),
+        ("dino.koleo_topk=0", "at least 1"),
+        ("dino.koleo_topk=2", "1, or set dino.koleo_loss_distributed=true"),
+        ("dino.koleo_distributed_loss_group_size=0", "at least 1 image, or null"),
+        ("dino.local_loss_weight_schedule.peak=-1", "at least 0"),
+        ("dino.local_loss_weight_schedule.cosine_epochs=-1", "at least 0, or null"),
         ("ibot.head_hidden_dim=0", "at least 1"),
         ("ibot.head_bottleneck_dim=0", "at least 1"),
         ("ibot.mask_sample_probability=1.5", "in 0..1"),
@@ -35,6 +40,13 @@ from dinov2.errors import ConfigError
         ("student.drop_path_rate=1", "at least 0 and below 1"),
         ("student.layerscale=-1", "at least 0, or null"),
         ("student.num_register_tokens=-1", "at least 0"),
+        ("student.ffn_ratio=0", "above 0, or null"),
+        ("student.pos_embed_rope_base=0", "above 0, or null"),
+        ("student.pos_embed_rope_min_period=-1", "above 0, or null"),
+        ("student.pos_embed_rope_shift_coords=-1", "at least 0, or null"),
+        ("student.pos_embed_rope_jitter_coords=0.5", "at least 1, or null"),
+        ("student.pos_embed_rope_rescale_coords=0.5", "at least 1, or null"),
+        ("student.sync_batchnorm=true", "false: student.arch=vit_large has no BatchNorm"),
         ("student.interpolate_offset=-0.1", "at least 0"),
         ("teacher.momentum_teacher=1.1", "in 0..1"),
         ("teacher.final_momentum_teacher=-0.1", "in 0..1"),
@@ -47,6 +59,8 @@ from dinov2.errors import ConfigError
         ("optim.weight_decay_end=-1", "at least 0"),
         ("optim.freeze_last_layer_epochs=-1", "at least 0"),
         ("optim.clip_grad=-1", "at least 0, or null"),
+        ("optim.schedule_trunc_extra=-0.1", "at least 0"),
+        ("optim.dino_head_wd_multiplier=-1", "at least 0"),
         ("optim.layerwise_decay=0", "above 0 and at most 1"),
         ("optim.adamw_beta2=1", "at least 0 and below 1"),
         ("optim.sgd_momentum=1", "at least 0 and below 1"),
@@ -85,9 +99,28 @@ def test_value_out_of_range(override, must_be):
 
 
 @pytest.mark.parametrize(
+    ("override", "must_be"),
+    [
+        ("student.depth=3", "null: student.arch=resnet50 is no ViT"),
+        ("student.ffn_ratio=2", "null: student.arch=resnet50 is no ViT"),
+        ("student.num_register_tokens=4", "0: student.arch=resnet50 has no tokens"),
+    ],
+)
+def test_keys_of_vits_are_refused_for_resnets(override, must_be):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["student.arch=resnet50", "ibot.loss_weight=0", override])
+    key, _, value = override.partition("=")
+    assert str(caught.value) == f"{key}={float(value) if 'ratio' in key else value}: must be {must_be}"
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"],
+        ["dino.koleo_topk=2", "dino.koleo_loss_distributed=true"],
+        ["student.arch=resnet101", "ibot.loss_weight=0", "student.sync_batchnorm=true", "student.pos_embed_type=rope"],
+        ["student.pos_embed_type=rope", "student.pos_embed_rope_jitter_coords=1"],
+        ["student.qkv_bias=false", "student.mask_k_bias=true"],
         ["ibot.loss_weight=0", "ibot.mask_ratio_min_max=[0, 0]"],
         ["optim.clip_grad=0"],
         ["student.layerscale=0"],
@@ -107,9 +140,11 @@ def test_edges_of_ranges_are_allowed(overrides):
 def test_named_sizes_are_those_of_the_models():
     import torch
 
-    from dinov2.configs.student_section import ARCH_WIDTH_AND_HEADS
-    from dinov2.models import build_model
+    from dinov2.configs.student_section import ARCH_WIDTH_AND_HEADS, RESNET_ARCHS
+    from dinov2.models import RESNETS, SIZES, build_model
 
+    assert RESNET_ARCHS == tuple(RESNETS)
+    assert set(ARCH_WIDTH_AND_HEADS) == set(SIZES)
     for arch, (width, heads) in ARCH_WIDTH_AND_HEADS.items():
         with torch.device("meta"):
             model = build_model(arch, patch_size=16, img_size=32)
