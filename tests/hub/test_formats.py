@@ -66,7 +66,9 @@ def test_official_names_are_found_under_any_wrapper(wrapper, family):
 
 @pytest.mark.parametrize("weight_norm", [True, False])
 def test_heads_beside_the_backbone_are_kept_apart(weight_norm):
-    head = DINOHead(48, 64, hidden_dim=16, bottleneck_dim=8, weight_norm=weight_norm).state_dict()
+    module = DINOHead(48, 64, hidden_dim=16, bottleneck_dim=8, weight_norm=weight_norm)
+    module.init_weights()
+    head = module.state_dict()
     other = {name: tensor + 1 for name, tensor in head.items()}
     state = prefixed(backbone(), "backbone.") | prefixed(head, "dino_head.") | prefixed(other, "ibot_head.")
     for prefix in ("", "module.", "teacher."):
