@@ -191,7 +191,10 @@ def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:
     """Build the optimiser over the student's parameter groups; schedules set learning rate and decay at each step."""
     optim = cfg.optim
     groups = param_groups(
-        model.student, layerwise_decay=optim.layerwise_decay, patch_embed_lr_mult=optim.patch_embed_lr_mult
+        model.student,
+        layerwise_decay=optim.layerwise_decay,
+        patch_embed_lr_mult=optim.patch_embed_lr_mult,
+        dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
     )
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optim.base_lr, momentum=optim.sgd_momentum, foreach=True)

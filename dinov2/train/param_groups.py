@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dinov2.layers.dino_head import DINOHead
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models import DinoVisionTransformer, ResNet
 from dinov2.train.schedules import StepValues
 
 
@@ -15,12 +15,12 @@ class Multipliers:
     """How one parameter departs from the scheduled values."""
 
     lr_multiplier: float
-    wd_multiplier: float  # 0 or 1
+    wd_multiplier: float
     is_last_layer: bool = False  # prototypes, whose learning rate is 0 at first
 
 
 def backbone_multipliers(
-    backbone: DinoVisionTransformer, *, layerwise_decay: float, patch_embed_lr_mult: float
+    backbone: DinoVisionTransformer | ResNet, *, layerwise_decay: float, patch_embed_lr_mult: float
 ) -> dict[str, Multipliers]:
     """Give each parameter of a backbone its multipliers, by name.
 
@@ -39,20 +39,30 @@ def backbone_multipliers(
     return found
 
 
-def head_multipliers(head: DINOHead) -> dict[str, Multipliers]:
-    """Give each parameter of a head its multipliers, by name."""
+def head_multipliers(head: DINOHead, *, wd_multiplier: float = 1.0) -> dict[str, Multipliers]:
+    """Give each parameter of a head its multipliers, by name; vectors (biases) are exempt from weight decay."""
     last_layer = {f"last_layer.{name}" for name, _ in head.last_layer.named_parameters()}
     return {
-        name: Multipliers(1.0, 0.0 if param.ndim <= 1 else 1.0, name in last_layer)
+        name: Multipliers(1.0, 0.0 if param.ndim <= 1 else wd_multiplier, name in last_layer)
         for name, param in head.named_parameters()
     }
 
 
-def param_groups(student: nn.ModuleDict, *, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
+def param_groups(
+    student: nn.ModuleDict,
+    *,
+    layerwise_decay: float,
+    patch_embed_lr_mult: float,
+    dino_head_wd_multiplier: float = 1.0,
+) -> list[dict]:
     """Fuse the parameters of a student with equal multipliers into groups for an optimiser.
 
     Args:
         student: modules `backbone`, `dino_head` and, if separate, `ibot_head`.
+        layerwise_decay: see `backbone_multipliers`.
+        patch_embed_lr_mult: factor on the learning rate of the patch embedding.
+        dino_head_wd_multiplier: factor on the weight decay of `dino_head`, not of `ibot_head`. DINOv3 looks for the
+            name of the head in names that do not hold it, so there it acts on nothing.
 
     Returns:
         Groups with keys params, names, lr_multiplier, wd_multiplier, is_last_layer.
@@ -60,7 +70,8 @@ def param_groups(student: nn.ModuleDict, *, layerwise_decay: float, patch_embed_
     groups: dict[Multipliers, dict] = {}
     for module_name, module in student.items():
         if isinstance(module, DINOHead):
-            multipliers = head_multipliers(module)
+            wd_multiplier = dino_head_wd_multiplier if module_name == "dino_head" else 1.0
+            multipliers = head_multipliers(module, wd_multiplier=wd_multiplier)
         else:
             multipliers = backbone_multipliers(
                 module, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult

@@ -18,6 +18,7 @@ from dinov2.fsdp import local_tensor_pairs, shard
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
+from dinov2.train.batch_statistics import average_statistics, copy_statistics
 
 _NUM_GLOBAL_CROPS = 2
 
@@ -216,10 +217,15 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student."""
+        """Move the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student.
+
+        Statistics of batch normalisation are averaged over ranks and copied; other buffers are constant and equal.
+        """
         for name, module in self.teacher.items():
             teacher, student = local_tensor_pairs(module, self.student[name])
             torch._foreach_lerp_(teacher, student, 1 - momentum)
+        average_statistics(self.student)
+        copy_statistics(self.teacher, self.student)
 
     def apply_center_updates(self) -> None:
         """Let the centres take in the scores of this step."""
@@ -230,6 +236,10 @@ class SSLMetaArch(nn.Module):
         """Forget the scores of this step, when it is cancelled."""
         self.dino_loss.discard_center_update()
         self.ibot_patch_loss.discard_center_update()
+
+    def discard_batch_statistics(self) -> None:
+        """Take back what the forward passes of a cancelled step did to the student's batch normalisation."""
+        copy_statistics(self.student, self.teacher)  # equal since the end of the step before
 
 
 def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:

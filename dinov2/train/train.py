@@ -180,6 +180,7 @@ def do_train(
                 model.update_teacher(values.momentum)
             else:
                 model.discard_center_updates()
+                model.discard_batch_statistics()
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
