@@ -89,6 +89,36 @@ def test_a_changed_byte_anywhere_in_the_contents_is_noticed(tmp_path):
     assert str(error.value) == "model_0000000.rank_0.pth: (other values) does not match its checksum"
 
 
+def test_parts_of_a_rank_file_are_verified_alone(tmp_path):
+    name, manifest = write(tmp_path, 0)
+    path = tmp_path / "model_0000000.rank_0.pth"
+    whole = path.read_bytes()
+    position = whole.index(torch.arange(6.0).numpy().tobytes()) + 5
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    data = files.open_rank_file(tmp_path, manifest, 0)
+    assert data["names"] == ["a", "b"] and torch.equal(data["model"]["step"], torch.tensor(3))
+    files.check_tensor(manifest, 0, "model/half", data["model"]["half"])
+    for part, tensor in (("model/weight", data["model"]["weight"]), ("model/other", torch.ones(1))):
+        with pytest.raises(files.DamagedCheckpointError) as error:
+            files.check_tensor(manifest, 0, part, tensor)
+        assert str(error.value) == f"model_0000000.rank_0.pth: {part} does not match its checksum"
+
+    position = whole.index(b"lr")
+    path.write_bytes(whole[:position] + b"wd" + whole[position + 2 :])
+    with pytest.raises(files.DamagedCheckpointError) as error:
+        files.open_rank_file(tmp_path, manifest, 0)
+    assert str(error.value) == "model_0000000.rank_0.pth: (other values) does not match its checksum"
+
+
+def test_a_missing_tensor_is_noticed(tmp_path):
+    name, manifest = write(tmp_path, 0)
+    files.write_rank_file(tmp_path, name=name, rank=0, data=DATA | {"model": {"step": torch.tensor(3)}})
+    files.publish_rank_file(tmp_path, name=name, rank=0)
+    with pytest.raises(files.DamagedCheckpointError) as error:
+        files.read_rank_file(tmp_path, manifest, 0)
+    assert str(error.value) == "model_0000000.rank_0.pth: model/half does not match its checksum"
+
+
 def test_incomplete_checkpoints_are_refused_with_the_reason(tmp_path):
     def reason(name):
         with pytest.raises(files.DamagedCheckpointError) as error:
@@ -99,6 +129,7 @@ def test_incomplete_checkpoints_are_refused_with_the_reason(tmp_path):
         f"model_0000009: there is no model_0000009.manifest.json in {tmp_path}, so it is not complete"
     )
     name, _ = write(tmp_path, 1, world_size=3)
+    assert files.has_manifest(tmp_path, name) and not files.has_manifest(tmp_path, "model_0000009")
     path = tmp_path / "model_0000001.rank_2.pth"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-10])

@@ -76,7 +76,9 @@ def _assemble(name: str, folder: Path, manifest: files.Manifest, contents: list[
     for rank, content in enumerate(contents):
         layout, rows = content["layout"].get(name), content[_MODEL].get(name)
         if layout is None or rows is None:
-            raise CheckpointError(f"{folder}/{files.rank_file_name(manifest.name, rank)}: has no {name}, rank 0 has")
+            raise CheckpointError(
+                f"{folder}/{files.rank_file_name(manifest.name, rank)}: has no {name}, which is in the layout of rank 0"
+            )
         if rank == 0 or (shape and rows.shape[0] > 0):
             first_row = layout["offset"][0] if shape else 0
             parts.setdefault(first_row, _Part(rank, first_row, rows))

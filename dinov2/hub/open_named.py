@@ -85,7 +85,10 @@ def _download(repo: str, given: str) -> WeightsFile:
                 "then log in with: hf auth login"
             ) from error
         except errors.RepositoryNotFoundError as error:
-            raise CheckpointError(f"{given}: Hugging Face has no model '{repo}'{_nearest_published(repo)}") from error
+            raise CheckpointError(
+                f"{given}: Hugging Face has no model '{repo}'{_nearest_published(repo)}; "
+                "if it is a private one, log in with: hf auth login"
+            ) from error
         except errors.HFValidationError as error:
             raise CheckpointError(f"{given}: is not a possible name of a model ({_first_line(error)})") from error
         except Exception as error:  # of several libraries for the network, which differ with its version
