@@ -19,9 +19,22 @@ READ_BY_THE_PROGRAM = {
     "train.output_dir",  # handed to `do_train`
 }
 KNN = [f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in ("train", "val")]
+SCHEDULES = [
+    "schedules.lr={start: 0, peak: 1e-3, end: 1e-6, warmup_epochs: 0}",
+    "schedules.weight_decay={start: 0.04, peak: 0.04, end: 0.2, warmup_epochs: 0}",
+    "schedules.momentum={start: 0.99, peak: 0.99, end: 1, warmup_epochs: 0}",
+    "schedules.teacher_temp={start: 0.04, peak: 0.04, end: 0.07, warmup_epochs: 0}",
+]
 RUNS = {
     "adamw": [*KNN, "evaluation.at_start=true", "ibot.separate_head=true", "train.max_steps=3"],
     "sgd_fp16": ["optim.optimizer=sgd", "train.max_steps=1", "compute_precision.param_dtype=fp16"],
+    "dinov3": [
+        *SCHEDULES,
+        "defaults=dinov3",
+        "train.max_steps=1",
+        "dino.koleo_loss_distributed=true",
+        "dino.reweight_dino_local_loss=true",
+    ],
 }
 
 
@@ -44,4 +57,5 @@ def test_every_key_is_read(tmp_path):
         finally:
             distributed.shutdown()
         read |= keys
-    assert sorted(leaves().keys() - read) == []
+    unread = sorted(leaves().keys() - read)
+    assert unread == []

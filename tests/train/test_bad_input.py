@@ -68,7 +68,12 @@ def files_of(folder):
         ),
         (
             "student.arch=vit_hug",
-            "student.arch='vit_hug': must be one of vit_tiny, vit_small, vit_base, vit_large, vit_giant2",
+            "student.arch='vit_hug': must be one of vit_tiny, vit_small, vit_base, vit_large, vit_so400m, vit_huge2, "
+            "vit_giant2, vit_7b, resnet18, resnet34, resnet50, resnet101, resnet152",
+        ),
+        (
+            "gram.use_loss=true",
+            "gram.use_loss=true is not supported in training: Gram anchoring is not available yet",
         ),
         (
             "train.dataset_path=",
