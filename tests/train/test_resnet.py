@@ -1,0 +1,139 @@
+"""ResNets as students: batch statistics of student and teacher, resuming, several processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.dist import run_distributed
+from support.meta_arch import tiny_arch
+from support.training import TINY_RUN, assert_same_state, losses_of, train
+
+from dinov2 import distributed
+from dinov2.configs import load_config
+from dinov2.train.train import do_train
+
+RESNET = (
+    "student.arch=resnet18",
+    "student.embed_dim=null",
+    "student.depth=null",
+    "student.num_heads=null",
+    "student.drop_path_rate=0",
+    "student.layerscale=null",
+    "ibot.loss_weight=0",
+)
+
+
+def statistics(networks):
+    """Buffers by name, copied; a ResNet has no others than those of batch normalisation."""
+    return {name: buffer.clone() for name, buffer in networks.named_buffers()}
+
+
+@pytest.fixture
+def model():
+    return tiny_arch([*RESNET, "train.centering=sinkhorn_knopp"])
+
+
+def batch(num_images=4, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "collated_global_crops": torch.randn(2 * num_images, 3, 64, 64, generator=generator),
+        "collated_local_crops": torch.randn(3 * num_images, 3, 32, 32, generator=generator),
+        "collated_masks": torch.zeros(2 * num_images, 16, dtype=torch.bool),
+        "mask_indices_list": torch.empty(0, dtype=torch.int64),
+        "masks_weight": torch.empty(0),
+    }
+
+
+def test_the_teacher_averages_parameters_and_copies_statistics(model):
+    before = {name: param.clone() for name, param in model.teacher.named_parameters()}
+    first = statistics(model.student)
+    metrics = model.forward_backward(batch(), teacher_temp=0.06)
+    assert "ibot_loss" not in metrics and all(value.isfinite() for value in metrics.values())
+    with torch.no_grad():
+        for param in model.student.parameters():
+            param += 0.1 * param.grad
+    assert all(torch.equal(first[name], value) for name, value in statistics(model.teacher).items())
+    model.update_teacher(0.75)
+    moved = statistics(model.student)
+    assert all(not torch.equal(moved[name], first[name]) for name in first)
+    assert all(torch.equal(moved[name], value) for name, value in statistics(model.teacher).items())
+    student = dict(model.student.named_parameters())
+    for name, param in model.teacher.named_parameters():
+        torch.testing.assert_close(param, 0.75 * before[name] + 0.25 * student[name])
+
+
+def test_the_teacher_sees_each_image_by_itself(model):
+    images = batch()["collated_global_crops"]
+    together = model.teacher["backbone"](images)
+    alone = torch.cat([model.teacher["backbone"](image[None]) for image in images])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.teacher["backbone"](images), together)  # nor does it remember them
+
+
+def test_a_cancelled_step_leaves_the_statistics_of_the_step_before(model):
+    model.forward_backward(batch(), teacher_temp=0.06)
+    model.update_teacher(0.9)
+    kept = statistics(model.student)
+    poisoned = batch(seed=1)
+    poisoned["collated_global_crops"][0, 0, 0, 0] = torch.nan
+    metrics = model.forward_backward(poisoned, teacher_temp=0.06)
+    assert metrics["total_loss"].isnan()
+    assert not all(value.isfinite().all() for value in statistics(model.student).values())
+    model.discard_batch_statistics()
+    assert all(torch.equal(kept[name], value) for name, value in statistics(model.student).items())
+
+
+def test_four_steps_equal_two_a_stop_and_two_more(tmp_path):
+    steps = "train.OFFICIAL_EPOCH_LENGTH=4"
+    assert train(tmp_path / "whole", *RESNET, steps) == 0
+    assert train(tmp_path / "parts", *RESNET, steps, "train.max_steps=2") == 0
+    assert train(tmp_path / "parts", *RESNET, steps) == 0
+    assert_same_state(tmp_path / "whole", tmp_path / "parts", name="model_0000003")
+
+
+def runs_of_a_rank(folder: str) -> None:
+    """Train in turns: four steps; two, a stop and two more; one step whose ranks keep statistics of their own."""
+    shared = [
+        *TINY_RUN,
+        *RESNET,
+        "train.global_batch_size=12",
+        "train.OFFICIAL_EPOCH_LENGTH=4",
+        "dino.koleo_loss_distributed=true",
+        "compute_precision.sharding_strategy=FULL_SHARD",
+    ]
+    alone = ["student.sync_batchnorm=false", "evaluation.eval_period_iterations=1"]
+    for name, steps, options in (("whole", 4, []), ("parts", 2, []), ("parts", 4, []), ("alone", 1, alone)):
+        output_dir = Path(folder) / name
+        output_dir.mkdir(exist_ok=True)
+        overrides = ["student.sync_batchnorm=true", f"train.max_steps={steps}", f"train.output_dir={output_dir}"]
+        cfg = load_config(None, [*shared, *overrides, *options])
+        do_train(cfg, distributed.init("cpu"), output_dir=output_dir)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_distributed(runs_of_a_rank, args={"folder": str(folder)})
+    return folder
+
+
+@pytest.mark.dist
+def test_two_processes_with_synchronised_statistics_have_the_losses_of_one_and_resume(two_ranks, tmp_path):
+    options = ["train.OFFICIAL_EPOCH_LENGTH=4", "dino.koleo_loss_distributed=true"]
+    assert train(tmp_path, *RESNET, *options) == 0
+    # Statistics of few images amplify float noise, and each step the noise of the steps before it.
+    torch.testing.assert_close(losses_of(two_ranks / "whole"), losses_of(tmp_path), rtol=1e-3, atol=0)
+    assert_same_state(two_ranks / "whole", two_ranks / "parts", name="model_0000003", num_ranks=2)
+
+
+@pytest.mark.dist
+def test_statistics_of_single_ranks_are_averaged_and_saved(two_ranks):
+    folder = two_ranks / "alone"
+    ranks = [torch.load(folder / f"model_0000000.rank_{rank}.pth", weights_only=True)["model"] for rank in range(2)]
+    names = [name for name in ranks[0] if "running_" in name or "num_batches" in name]
+    assert len(names) == 2 * 20 * 3  # student and teacher, 20 normalisations, mean, variance and count
+    for name in names:
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        assert torch.equal(ranks[0][name], ranks[0][name.replace("student.", "teacher.")]), name
+    teacher = torch.load(folder / "eval" / "training_0" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert torch.equal(teacher["backbone.bn1.running_var"], ranks[0]["teacher.backbone.bn1.running_var"])
