@@ -5,8 +5,9 @@ keep the gathered copy (NO_SHARD, SHARD_GRAD_OP) a forward without gradients lea
 is written to those is lost. `local_tensors` of a module and all other functions here reshard first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from dinov2.distributed import (
     get_local_world_size,
     get_world_size,
     is_main_process,
+    on_main_first,
 )
 from dinov2.errors import CheckpointError, ConfigError
 from dinov2.fsdp.layout import layout_of, local_part
@@ -156,36 +158,41 @@ def copy_local_state(target: nn.Module, source: nn.Module) -> None:
 
 @torch.no_grad()
 def load_full_state_dict(
-    module: nn.Module, state: Mapping[str, Tensor] | None, *, shapes: Mapping[str, tuple[int, ...]] | None = None
+    module: nn.Module,
+    state: Mapping[str, Any] | None,
+    *,
+    read: Callable[[Any], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Fill a module, sharded or not, from whole tensors; all ranks must call it.
 
     Args:
         module: changed in place.
-        state: whole tensors for every name; if any rank passes None, rank 0's are sent to all, one at a time. A tensor
-            is asked for once and not kept, so the mapping may read it from a file.
-        shapes: of the tensors in `state`, to be given where asking for them means reading them.
+        state: whole tensors for every name, or what stands for them and has their `shape`; if any rank passes None,
+            rank 0's are sent to all, one at a time.
+        read: makes the tensor from an entry of `state`; called once for each, when its turn comes.
 
     Raises:
-        CheckpointError: names or shapes differ, on all ranks together.
+        CheckpointError: names or shapes differ, or `read` failed on rank 0; on all ranks together.
     """
     reshard(module)
     own = module.state_dict()
     from_main = any(all_gather_objects(state is None))
-    if state is not None and shapes is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = None if state is None else {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_same(own, broadcast_object(shapes))
     for name, tensor in own.items():
         if from_main:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            if is_main_process():
-                whole.copy_(state[name])
+            on_main_first(lambda whole=whole, name=name: _copy(read(state[name]), whole))
             broadcast_tensor(whole)
         else:
-            whole = state[name]
+            whole = read(state[name])
         part = local_part(tensor)
         first = layout_of(tensor).offset[0] if tensor.ndim else 0
         part.copy_(whole.narrow(0, first, part.shape[0]) if tensor.ndim else whole)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
 
 
 def _check_same(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None) -> None:

@@ -1,5 +1,7 @@
 """Sharded training agrees with training on one process, for every strategy."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.dist import run_distributed
@@ -163,6 +165,10 @@ def test_sharded_training_equals_one_process(num_processes, strategies, rows):
             torch.testing.assert_close(found["norms"], first, rtol=1e-6, atol=0)
 
 
+def _refuse_damaged(tensor):
+    raise CheckpointError("a file is damaged")
+
+
 def scale_and_refuse():
     results = {"errors": []}
     for strategy in STRATEGIES[:3]:
@@ -196,6 +202,8 @@ def scale_and_refuse():
     state = distributed.broadcast_object(fsdp.full_state_dict(toy))
     refuse(lambda: fsdp.load_full_state_dict(toy, {"other": torch.zeros(1)} | dict(list(state.items())[1:])))
     refuse(lambda: fsdp.load_full_state_dict(toy, state | {"head.mlp.bias": torch.zeros(7)}))
+    mine = state if distributed.is_main_process() else None
+    refuse(lambda: fsdp.load_full_state_dict(toy, mine, read=_refuse_damaged))
     refuse(lambda: fsdp.shard(nn.Linear(2, 2), strategy="FULL"))
     refuse(lambda: fsdp.shard(nn.Linear(2, 2), strategy="HYBRID_SHARD", hybrid_shard_size=3))
     trainable_scalar = nn.Linear(2, 2)
@@ -225,6 +233,7 @@ def test_ranks_agree_on_overflow_and_on_errors():
     assert first["errors"] == [
         "CheckpointError: weights do not fit the model: 1 missing (first: backbone.scale), 1 unexpected (first: other)",
         "CheckpointError: weights do not fit the model: head.mlp.bias has shape [7], the model needs [6]",
+        "CheckpointError: a file is damaged",
         "ValueError: strategy=FULL: must be one of NO_SHARD, SHARD_GRAD_OP, FULL_SHARD, HYBRID_SHARD",
         "ConfigError: compute_precision.hybrid_shard_size=3: 2 processes cannot be split into groups of 3; "
         "choose a divisor of 2",
@@ -243,12 +252,12 @@ def test_one_process_needs_no_sharding():
     other = _toy_without_memory().to_empty(device="cpu")
     asked = []
 
-    class ReadOnDemand(dict):
-        def __getitem__(self, name):
-            asked.append(name)
-            return super().__getitem__(name)
+    def read(name_and_tensor):
+        asked.append(name_and_tensor.name)
+        return name_and_tensor.tensor
 
-    fsdp.load_full_state_dict(other, ReadOnDemand(state), shapes={name: tuple(t.shape) for name, t in state.items()})
+    entries = {name: SimpleNamespace(name=name, tensor=t, shape=t.shape) for name, t in state.items()}
+    fsdp.load_full_state_dict(other, entries, read=read)
     assert asked == list(state)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     toy["head"](backbone(torch.ones(2, 3))["features"]).sum().backward()
