@@ -32,6 +32,8 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_
 _HEAD = re.compile(r"^(?P<prefix>(?:.*\.)?)(?P<head>dino_head|ibot_head|head(?=\.(?:mlp|last_layer)\.))\.(?P<rest>.+)$")
 _CLASSIFIERS = re.compile(r"^(?:head|fc|classifier|pooler)(?:\.|$)")
 _NETWORKS = ("teacher", "student")
+# Blocks alone are no evidence: language models share Hugging Face's names of them.
+_TRUNK = ("cls_token", "patch_embed.proj.weight", "conv1.weight")
 _WEIGHT_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 
 
@@ -99,7 +101,7 @@ def _recognise(names: Iterable[str], *, path: str | Path, network: str) -> tuple
             for number, naming in enumerate(NAMINGS):
                 if place := naming.find(name[start:]):
                     counts[number, name[:start]] += 1
-                    if place.official in ("cls_token", "patch_embed.proj.weight", "conv1.weight"):
+                    if naming is OFFICIAL or place.official in _TRUNK:
                         has_trunk.add((number, name[:start]))
     candidates = {key: count for key, count in counts.items() if key in has_trunk and count > 2}
     if not candidates:
@@ -155,25 +157,28 @@ def _join(places: dict[str, Place], state: State, *, path: str | Path) -> tuple[
     found: dict[str, dict[int, str]] = {}
     spellings = {}
     for source, place in places.items():
-        found.setdefault(place.official, {})[place.part] = source
+        parts = found.setdefault(place.official, {})
+        if place.part in parts:
+            raise CheckpointError(f"{path}: both {parts[place.part]} and {source} would be {place.official}")
+        parts[place.part] = source
         spellings[place.official] = place.spelling
     official: State = {}
     completed = set()
     for name, sources in found.items():
         spelling = spellings[name]
         first = state[next(iter(sources.values()))]
-        parts = []
+        values = []
         for part, spelled in enumerate(spelling):
             if part in sources:
-                parts.append(state[sources[part]])
+                values.append(state[sources[part]])
             elif name.endswith(".bias"):
                 completed.add(name)
-                parts.append(constant(0, first.shape, first.dtype))
+                values.append(constant(0, first.shape, first.dtype))
             else:
                 raise CheckpointError(
                     f"{path}: has {next(iter(sources.values()))} but no {spelled} beside it, which together are {name}"
                 )
-        official[name] = parts[0] if len(parts) == 1 else concatenate(parts)
+        official[name] = values[0] if len(values) == 1 else concatenate(values)
     return official, completed
 
 

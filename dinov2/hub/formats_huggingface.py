@@ -10,7 +10,7 @@ from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture
 from dinov2.hub.formats_dinov3 import apply_bias_mask, has_key_bias, rope_base
 from dinov2.hub.formats_naming import Naming, constant, layers, tensors
-from dinov2.hub.formats_normalise import zero_biases
+from dinov2.hub.formats_normalise import neutral_layer_scale, zero_biases
 from dinov2.hub.stored_tensor import State
 
 _ATTENTION = {
@@ -79,19 +79,14 @@ HF_DINOV3 = Naming(
 
 def to_huggingface(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
     """Rename a backbone for `from_pretrained`; see `formats.from_official`."""
-    filled = _neutral_parts(state, architecture) | state
-    if architecture.has_rope:
-        return _to_dinov3(filled, architecture)
-    return HF_DINOV2.write(zero_biases(state) | filled), _dinov2_config(architecture)
-
-
-def _neutral_parts(state: State, architecture: Architecture) -> State:
-    """Make parts that these models always have, with values that change nothing."""
     width, dtype = architecture.embed_dim, state["norm.weight"].dtype
-    parts = {"mask_token": constant(0, (1, width), dtype)}
-    for i in range(architecture.depth):
-        parts |= {f"blocks.{i}.{name}.gamma": constant(1, (width,), dtype) for name in ("ls1", "ls2")}
-    return parts
+    neutral = neutral_layer_scale(architecture.depth, width, dtype) | {"mask_token": constant(0, (1, width), dtype)}
+    filled = neutral | state
+    if architecture.has_rope:
+        written, config = _to_dinov3(filled, architecture)
+    else:
+        written, config = HF_DINOV2.write(zero_biases(state) | filled), _dinov2_config(architecture)
+    return written, config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _sizes(architecture: Architecture) -> dict[str, Any]:
@@ -103,7 +98,6 @@ def _sizes(architecture: Architecture) -> dict[str, Any]:
         "patch_size": architecture.patch_size,
         "hidden_act": "gelu",
         "layerscale_value": 1.0,
-        "dtype": "float32",
     }
 
 

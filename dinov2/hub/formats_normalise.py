@@ -87,3 +87,9 @@ def zero_biases(state: State) -> State:
         for name, weight in state.items()
         if _LAYER.search(name) and (bias := name.removesuffix("weight") + "bias") not in state
     }
+
+
+def neutral_layer_scale(depth: int, width: int, dtype: torch.dtype) -> State:
+    """Make LayerScales of one, for libraries that always have them."""
+    names = (f"blocks.{i}.{name}.gamma" for i in range(depth) for name in ("ls1", "ls2"))
+    return {name: constant(1, (width,), dtype) for name in names}

@@ -10,7 +10,7 @@ from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture
 from dinov2.hub.formats_dinov3 import apply_bias_mask, has_key_bias, rope_base
 from dinov2.hub.formats_naming import Naming, change, layers, tensors
-from dinov2.hub.formats_normalise import zero_biases
+from dinov2.hub.formats_normalise import neutral_layer_scale, zero_biases
 from dinov2.hub.formats_official import OFFICIAL
 from dinov2.hub.stored_tensor import State
 
@@ -52,8 +52,9 @@ _DINOV3_SIZES = {  # (gated, with bias) to the sizes that timm has
 def to_timm(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
     """Rename a backbone for `timm.create_model`; see `formats.from_official`."""
     if architecture.family == "resnet":
-        return dict(state), {"architecture": architecture.arch, "model_args": {"in_chans": architecture.in_chans}}
+        return dict(state), _config(architecture.arch, {"in_chans": architecture.in_chans}, 224, first="conv1")
     kept = {name: tensor for name, tensor in state.items() if name != "mask_token"}
+    kept = neutral_layer_scale(architecture.depth, architecture.embed_dim, state["norm.weight"].dtype) | kept
     kept |= zero_biases(kept)
     return _to_dinov3(kept, architecture) if architecture.has_rope else _to_dinov2(kept, architecture)
 
@@ -74,7 +75,7 @@ def _to_dinov2(state: State, architecture: Architecture) -> tuple[State, dict[st
         "no_embed_class": has_registers,
     }
     name = f"vit_{size}_patch14{'_reg4' if has_registers else ''}_dinov2"
-    return TIMM_DINOV2.write(state), {"architecture": name, "model_args": model_args}
+    return TIMM_DINOV2.write(state), _config(name, model_args, architecture.image_size)
 
 
 def _to_dinov3(state: State, architecture: Architecture) -> tuple[State, dict[str, Any]]:
@@ -93,7 +94,7 @@ def _to_dinov3(state: State, architecture: Architecture) -> tuple[State, dict[st
         "swiglu_align_to": 8 if gated else 0,
     }
     name = f"vit_{size}_patch16_dinov3{'_qkvb' if architecture.qkv_bias else ''}"
-    return TIMM_DINOV3.write(state), {"architecture": name, "model_args": model_args}
+    return TIMM_DINOV3.write(state), _config(name, model_args, 256)
 
 
 def _sizes(architecture: Architecture, widths_in_first_layer: int) -> dict[str, Any]:
@@ -106,5 +107,25 @@ def _sizes(architecture: Architecture, widths_in_first_layer: int) -> dict[str, 
         "num_heads": architecture.num_heads,
         "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,  # timm cuts the product off
         "qkv_bias": architecture.qkv_bias,
-        "init_values": 1e-5 if architecture.layerscale else None,
+        "init_values": 1e-5,
+    }
+
+
+def _config(
+    name: str, model_args: dict[str, Any], image_size: int, *, first: str = "patch_embed.proj"
+) -> dict[str, Any]:
+    """Write timm's config.json; with `model.safetensors` beside it, `timm.create_model("local-dir:...")` reads both."""
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "model_args": model_args,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [model_args["in_chans"], image_size, image_size],
+            "interpolation": "bicubic",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "first_conv": first,
+            "classifier": "fc" if first == "conv1" else "head",
+        },
     }

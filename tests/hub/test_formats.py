@@ -1,5 +1,7 @@
 """State dicts are recognised under any wrapper and prefix, and nothing of a backbone is lost on the way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.backbones import LEARNED, REGISTERS, ROPE
@@ -138,6 +140,32 @@ def test_separate_queries_keys_and_values_are_joined(spelling):
         f"w.pth: has blocks.1.{spelling.format('q')}weight but no {spelling.format('v')}weight beside it, "
         "which together are blocks.1.attn.qkv.weight"
     )
+
+
+def test_two_names_of_one_tensor_are_refused():
+    state = backbone()
+    state["blocks.1.0.norm1.weight"] = torch.ones(48)
+    with pytest.raises(CheckpointError) as caught:
+        convert(state)
+    assert str(caught.value) == (
+        "w.pth: both blocks.0.norm1.weight and blocks.1.0.norm1.weight would be blocks.0.norm1.weight"
+    )
+    with pytest.raises(CheckpointError, match="^w.pth: both blocks.1.attn.qkv.bias and blocks.1.attn.q.bias would be "):
+        convert(backbone() | {"blocks.1.attn.q.bias": torch.ones(48)})
+
+
+@pytest.mark.parametrize("target", ["timm", "hf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_goes_out_comes_back_bit_for_bit(target, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in backbone(ffn_layer="swiglufused").items()}
+    architecture = replace(describe_architecture(state), num_heads=4)
+    out, config = from_official(stored(state), target=target, architecture=architecture)
+    assert config.get("dtype", "none") == {"timm": "none", "hf": str(dtype).removeprefix("torch.")}[target]
+    back = convert(read(out))
+    if target == "timm":
+        del state["mask_token"]
+    assert_equal(back.state, state)
+    assert all(tensor.dtype == dtype for tensor in read(back.state).values())
 
 
 def test_other_names_of_layer_scale():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from support.backbones import LEARNED, REGISTERS, ROPE, TINY, assert_same_tokens, load_converted
 from support.formats import randomise, read, shapes_of, stored, unread
 from support.golden import golden_shapes
@@ -19,6 +20,12 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 # all for registers and RoPE, its own for positions without registers, which timm smooths and scales without offset
 CASES = {
     "dinov2": (LEARNED, "vit_small_patch14_dinov2", TINY | {"img_size": 98}, [(98, 98)]),
+    "dino": (
+        LEARNED | {"init_values": None},
+        "vit_small_patch16_224",
+        TINY | {"img_size": 98, "patch_size": 14},
+        [(98, 98)],
+    ),
     "dinov2 registers": (
         REGISTERS,
         "vit_small_patch14_reg4_dinov2",
@@ -82,11 +89,20 @@ def test_our_weights_give_the_same_features_in_timm(case):
     settings, _, _, sizes = case
     ours = randomise(DinoVisionTransformer(**settings))
     state, config = export(ours)
-    assert config == json.loads(json.dumps(config))
     dynamic = {"dynamic_img_size": True} if len(sizes) > 1 else {}
     theirs = timm.create_model(config["architecture"], num_classes=0, **config["model_args"], **dynamic).eval()
     theirs.load_state_dict(read(state), strict=True)
     assert_same_tokens(ours, theirs.forward_features, sizes)
+
+
+def test_timm_reads_a_folder_of_our_weights(case, tmp_path):
+    settings, _, _, sizes = case
+    ours = randomise(DinoVisionTransformer(**settings))
+    state, config = export(ours)
+    save_file(read(state), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_same_tokens(ours, theirs.forward_features, sizes[:1] if settings.get("pos_embed_type") != "rope" else sizes)
 
 
 def export(ours):
