@@ -25,9 +25,11 @@ SCHEDULES = [
     "schedules.momentum={start: 0.99, peak: 0.99, end: 1, warmup_epochs: 0}",
     "schedules.teacher_temp={start: 0.04, peak: 0.04, end: 0.07, warmup_epochs: 0}",
 ]
+NO_VIT = [f"student.{key}=null" for key in ("embed_dim", "depth", "num_heads")]
+WEIGHTS = "student.pretrained_weights=FOLDER/adamw/eval/start/teacher_checkpoint.pth"
 RUNS = {
     "adamw": [*KNN, "evaluation.at_start=true", "ibot.separate_head=true", "train.max_steps=3"],
-    "sgd_fp16": ["optim.optimizer=sgd", "train.max_steps=1", "compute_precision.param_dtype=fp16"],
+    "sgd_fp16": [WEIGHTS, "optim.optimizer=sgd", "train.max_steps=1", "compute_precision.param_dtype=fp16"],
     "dinov3": [
         *SCHEDULES,
         "defaults=dinov3",
@@ -35,6 +37,7 @@ RUNS = {
         "dino.koleo_loss_distributed=true",
         "dino.reweight_dino_local_loss=true",
     ],
+    "resnet": ["student.arch=resnet18", *NO_VIT, "ibot.loss_weight=0", "train.max_steps=1"],
 }
 
 
@@ -50,6 +53,7 @@ def test_every_key_is_read(tmp_path):
     for name, options in RUNS.items():
         folder = tmp_path / name
         folder.mkdir()
+        options = [option.replace("FOLDER", str(tmp_path)) for option in options]
         cfg, keys = recording(load_config(None, [*TINY_RUN, *options, f"train.output_dir={folder}"]))
         env = distributed.init("cpu")
         try:
