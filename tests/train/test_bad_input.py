@@ -246,7 +246,7 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path, capsys, finished):
         "dino_head.last_layer.weight_g has shape [32, 1], the model needs [16, 1]"
     )
     others = tmp_path / "others.pth"
-    torch.save({"teacher": {"backbone.cls_token": "no tensor"}}, others)
+    torch.save({"model": {"backbone.cls_token": torch.ones(1)}}, others)
     assert sentence(f"MODEL.WEIGHTS={others}") == (
         f"MODEL.WEIGHTS={others}: has no 'teacher' with tensors of backbone and heads; "
         "use student.pretrained_weights for a file that holds a backbone only"
