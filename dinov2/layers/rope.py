@@ -6,7 +6,6 @@ DINOv3), same values as the parent's `RopePositionEmbedding`.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,16 @@ from dinov2.errors import ConfigError
 NORMALIZATIONS = ("separate", "min", "max")
 
 
-@dataclass(frozen=True)
 class Rotation:
-    """Angles of the tokens of one crop size; no rotation (cosine 1, sine 0) for class and storage tokens.
+    """Angles of the tokens of one crop size: `cos` and `sin`, [N, d / 2].
 
-    Not a tuple, because FSDP's mixed precision would look inside and round it to the type of the parameters.
+    Neither a tuple nor a dataclass, because FSDP's mixed precision looks into those and would round the angles to the
+    type of the parameters.
     """
 
-    cos: Tensor  # [N, d / 2]
-    sin: Tensor  # [N, d / 2]
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 class RopePositionEmbedding(nn.Module):
@@ -111,7 +111,7 @@ class RopePositionEmbedding(nn.Module):
         self.periods.copy_(periods)
 
     def forward(self, rows: int, columns: int, *, num_prefix: int = 0) -> Rotation:
-        """Return the angles of `num_prefix` tokens without a place and of the patches of a grid, row by row."""
+        """Return the angles of a grid's patches, row by row, after 0 for `num_prefix` class and storage tokens."""
         coords = self._augment(self._coordinates(rows, columns))
         angles = 2 * math.pi * coords[:, :, None] / self.periods  # [N, 2, d / 4]
         angles = angles.flatten(1).to(self.dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinov2.errors import ConfigError
-from dinov2.layers.rope import RopePositionEmbedding, Rotation, rotate
+from dinov2.layers.rope import RopePositionEmbedding, rotate
 
 HEAD = 8  # features of a head: two periods
 
@@ -121,12 +121,6 @@ def test_jitter_differs_between_the_axes():
     moved, plain = coordinates(embedding(2, 2)), coordinates(embedding.eval()(2, 2))
     factors = (moved / plain)[0]
     assert not torch.isclose(*factors)
-
-
-def test_a_rotation_is_no_container_that_mixed_precision_looks_into():
-    rotation = rope()(2, 2)
-    assert torch.utils._pytree.tree_leaves((rotation,)) == [rotation]
-    assert isinstance(rotation, Rotation)
 
 
 @pytest.mark.parametrize(
