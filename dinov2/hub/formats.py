@@ -63,17 +63,15 @@ def to_official(state: State, *, path: str | Path, network: str = "teacher") -> 
     names = {_WRAPPERS.sub("", name): name for name in state}
     naming, prefix = _recognise(names, path=path, network=network)
     places: dict[str, Place] = {}
+    heads: dict[str, State] = {}
     strays: State = {}
     unused = []
-    heads = _heads({name: state[source] for name, source in names.items()}, prefix)
-    in_heads = {name for name in names if (match := _HEAD.match(name)) and match["prefix"] == _parent(prefix)}
     for name, source in names.items():
         inner = name.removeprefix(prefix) if name.startswith(prefix) else None
-        place = None if inner is None else naming.find(inner)
-        if place is not None:
+        if inner is not None and (place := naming.find(inner)):
             places[source] = place
-        elif name in in_heads:
-            continue
+        elif in_head := _head(name, prefix):
+            heads.setdefault(in_head[0], {})[in_head[1]] = state[source]
         elif inner is not None and (stray := _stray(naming, inner)):
             strays[stray] = state[source]
         else:
@@ -127,22 +125,16 @@ def _unknown(names: Iterable[str], path: str | Path) -> str:
     return f"{path}: no backbone is recognised in its tensor names (first: {first}); known are {KNOWN}"
 
 
-def _parent(prefix: str) -> str:
-    return prefix.removesuffix("backbone.")
-
-
-def _heads(state: State, prefix: str) -> dict[str, State]:
-    """Collect the heads that stand beside the backbone; DINO's own files call theirs `head`."""
-    heads: dict[str, State] = {}
-    for name, tensor in state.items():
-        match = _HEAD.match(name)
-        if match and match["prefix"] == _parent(prefix):
-            head = "dino_head" if match["head"] == "head" else match["head"]
-            rest = match["rest"]
-            for parametrised, plain in _WEIGHT_NORM.items():
-                rest = rest.replace(parametrised, plain)
-            heads.setdefault(head, {})[rest] = tensor
-    return heads
+def _head(name: str, prefix: str) -> tuple[str, str] | None:
+    """Return the head and the name inside it of a tensor of a head that stands beside the backbone."""
+    match = _HEAD.match(name)
+    if match is None or match["prefix"] != prefix.removesuffix("backbone."):
+        return None
+    head = "dino_head" if match["head"] == "head" else match["head"]  # DINO's own files
+    rest = match["rest"]
+    for parametrised, plain in _WEIGHT_NORM.items():
+        rest = rest.replace(parametrised, plain)
+    return head, rest
 
 
 def _stray(naming: Naming, name: str) -> str | None:
