@@ -134,40 +134,40 @@ def _stored(path: Path, file: Any, name: str) -> StoredTensor:
 
 
 def _load_torch(path: Path, start: bytes) -> Any:
-    is_zip = start.startswith(_ZIP_START)
-    if is_zip:
-        _check_zip(path)
-    elif not start.startswith(_OLD_TORCH_START):
+    if not start.startswith((_ZIP_START, _OLD_TORCH_START)):
         raise _not_by_torch(path, start)
+    can_map = start.startswith(_ZIP_START) and _is_stored_plainly(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError as error:
         raise _not_only_tensors(path) from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise _unreadable(path) from error
 
 
-def _check_zip(path: Path) -> None:
+def _is_stored_plainly(path: Path) -> bool:
+    """Check that a zip file is one of torch.save, and say whether its bytes are there as they are, not compressed."""
     if not zipfile.is_zipfile(path):  # the directory of a zip file stands at its end
         raise CheckpointError(
             f"{path}: ends early ({_size_mib(path)} are there), it is truncated; download or save it again"
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+            members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise _unreadable(path) from error
-    files = {member.rpartition("/")[2] for member in members}
+    files = {member.filename.rpartition("/")[2] for member in members}
     if {"data.pkl", "constants.pkl"} <= files:
         raise CheckpointError(
             f"{path}: is a TorchScript program, which is not run here; "
             "if you trust it, save its weights with: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
         )
     if "data.pkl" not in files:
-        first = f" (first: {members[0]})" if members else ""
+        first = f" (first: {members[0].filename})" if members else ""
         raise CheckpointError(
             f"{path}: is a zip archive of other files{first}, not weights; unpack it and give the file of weights in it"
         )
+    return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
 def _not_by_torch(path: Path, start: bytes) -> CheckpointError:

@@ -103,10 +103,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        return CheckpointError(f"{folder}: cannot be read ({error.strerror})")
+    names = sorted(entry.name for entry in folder.iterdir())
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return CheckpointError(
             f"{folder}: is a checkpoint folder of the official DINOv3 code (.distcp files), which is not read here; "

@@ -39,16 +39,15 @@ def open_weights(path: str | Path) -> WeightsFile:
             return open_named(name.removeprefix(prefix))
     if name.startswith(("http://", "https://")):
         raise CheckpointError(f"{name}: is a web address; download the file and give its path")
-    place = Path(path).expanduser()
-    if _is_folder(place):
-        return open_folder(place)
-    if is_checkpoint_path(place):
-        return open_checkpoint(place)
-    return open_index(place) if place.name.endswith(INDEX_SUFFIX) else open_file(place)
-
-
-def _is_folder(path: Path) -> bool:
     try:
-        return path.is_dir()
-    except OSError:  # a folder on the way to it may not be entered; opening says so
-        return False
+        return _open_path(Path(path).expanduser())
+    except OSError as error:  # a folder that may not be entered, a name that no file can have
+        raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _open_path(path: Path) -> WeightsFile:
+    if path.is_dir():
+        return open_folder(path)
+    if is_checkpoint_path(path):
+        return open_checkpoint(path)
+    return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)

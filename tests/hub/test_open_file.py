@@ -7,7 +7,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +120,14 @@ def test_the_state_of_a_whole_training_model_is_split_into_its_networks(tmp_path
     assert list(open_weights(tmp_path / "w.safetensors").states) == ["teacher", "student"]
 
 
+def test_a_file_that_was_compressed_again_is_read_right(tmp_path):
+    with zipfile.ZipFile(saved(tmp_path / "w.pth", STATE)) as stored:
+        with zipfile.ZipFile(tmp_path / "smaller.pth", "w", zipfile.ZIP_DEFLATED) as compressed:
+            for name in stored.namelist():
+                compressed.writestr(name, stored.read(name))
+    assert same(open_weights(tmp_path / "smaller.pth").states[""], STATE)
+
+
 def test_parameters_come_without_gradient(tmp_path):
     weights = open_weights(saved(tmp_path / "w.pth", {"x": nn.Parameter(torch.ones(2))}))
     assert type(weights.states[""]["x"].read()) is torch.Tensor
@@ -156,18 +166,27 @@ def test_a_missing_file(tmp_path):
     assert sentence("https://example.org/w.pth") == "is a web address; download the file and give its path"
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_file_that_may_not_be_read(tmp_path, name):
-    path = tmp_path / name
-    path.touch(mode=0)
+@pytest.fixture
+def not_root():
+    """Run as a user who owns nothing, because root may read everything."""
     is_root = os.geteuid() == 0
     if is_root:
-        os.seteuid(65534)  # root may read everything
-    try:
+        os.seteuid(65534)
+    yield
+    if is_root:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read(tmp_path, not_root):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "w.pth"
+        path.touch(mode=0)
         assert sentence(path) == "cannot be read (Permission denied)"
-    finally:
-        if is_root:
-            os.seteuid(0)
+        os.chmod(folder, 0)
+        for name in ("", "w.pth", "w.safetensors", "model_0000001.rank_0.pth", "model.safetensors.index.json"):
+            assert sentence(Path(folder) / name) == "cannot be read (Permission denied)"
+        os.chmod(folder, 0o700)
+    assert sentence("x" * 300) == "cannot be read (File name too long)"
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
