@@ -42,6 +42,18 @@ TINY_RUN = (
     "compute_precision.device=cpu",
 )
 
+# Over TINY_RUN: the training of DINOv3, with the options of its released backbones.
+DINOV3_RUN = (
+    "defaults=dinov3",
+    "student.num_register_tokens=2",
+    "student.mask_k_bias=true",
+    "student.untie_cls_and_patch_norms=true",
+    "student.untie_global_and_local_cls_norm=true",
+    "ibot.head_n_prototypes=32",
+    "ibot.head_hidden_dim=32",
+    "ibot.head_bottleneck_dim=16",
+)
+
 
 def train(output_dir: Path, *options: str) -> int:
     """Run the program in this process; returns its exit code."""

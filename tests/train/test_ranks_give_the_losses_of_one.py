@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import losses_of, train, train_on_ranks
+from support.training import DINOV3_RUN, losses_of, train, train_on_ranks
 
 COMMON = [
     "train.global_batch_size=16",
@@ -12,16 +12,25 @@ COMMON = [
     "optim.base_lr=0.001",
 ]
 CASES = {
-    "NO_SHARD": ["train.centering=centering", "dino.koleo_loss_weight=0"],
-    "SHARD_GRAD_OP": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "dino.koleo_loss_distributed=true"],
-    "FULL_SHARD": ["train.centering=sinkhorn_knopp", "dino.koleo_loss_weight=0", "train.num_workers=1"],
+    "centering": ["train.centering=centering", "dino.koleo_loss_weight=0"],
+    "sinkhorn": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "dino.koleo_loss_distributed=true"],
+    "workers": ["train.centering=sinkhorn_knopp", "dino.koleo_loss_weight=0", "train.num_workers=1"],
+    "dinov3": [
+        *DINOV3_RUN,
+        "dino.koleo_loss_distributed=true",
+        "dino.koleo_distributed_loss_group_size=4",
+        "dino.koleo_topk=2",
+        "dino.global_ignore_diagonal=false",
+        "dino.reweight_dino_local_loss=true",
+    ],
 }
+STRATEGIES = {"centering": "NO_SHARD", "sinkhorn": "SHARD_GRAD_OP", "workers": "FULL_SHARD", "dinov3": "FULL_SHARD"}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("strategy", CASES)
-def test_twenty_steps(tmp_path, strategy):
-    options = [*COMMON, *CASES[strategy], f"compute_precision.sharding_strategy={strategy}"]
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps(tmp_path, case):
+    options = [*COMMON, *CASES[case], f"compute_precision.sharding_strategy={STRATEGIES[case]}"]
     assert train(tmp_path / "one", *options) == 0
     done = train_on_ranks(tmp_path / "two", *options)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import assert_same_state, metrics_of, train, train_on_ranks, values_but_timing
+from support.training import DINOV3_RUN, assert_same_state, metrics_of, train, train_on_ranks, values_but_timing
 
 LAST = "model_0000005"
 
@@ -14,8 +14,9 @@ LAST = "model_0000005"
         ["train.num_workers=2", "train.centering=sinkhorn_knopp", "ibot.separate_head=true"],
         ["optim.gradient_accumulation_steps=2", "optim.optimizer=sgd", "train.sampler=epoch"],
         ["compute_precision.param_dtype=fp16", "train.sampler=infinite"],
+        [*DINOV3_RUN, "student.pos_embed_rope_jitter_coords=1.5", "dino.reweight_dino_local_loss=true"],
     ],
-    ids=["plain", "workers", "accumulation", "fp16"],
+    ids=["plain", "workers", "accumulation", "fp16", "dinov3"],
 )
 def test_six_steps_equal_three_a_stop_and_three_more(tmp_path, options):
     assert train(tmp_path / "whole", *options) == 0
@@ -50,9 +51,14 @@ def test_the_samples_of_a_new_batch_size_follow_those_already_seen(tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("workers", "strategy"), [(0, "FULL_SHARD"), (2, "SHARD_GRAD_OP")])
-def test_two_processes_resume_bit_for_bit(tmp_path, workers, strategy):
+@pytest.mark.parametrize(
+    ("workers", "strategy", "more"),
+    [(0, "FULL_SHARD", DINOV3_RUN), (2, "SHARD_GRAD_OP", ())],
+    ids=["dinov3", "workers"],
+)
+def test_two_processes_resume_bit_for_bit(tmp_path, workers, strategy, more):
     options = [
+        *more,
         f"train.num_workers={workers}",
         f"compute_precision.sharding_strategy={strategy}",
         "train.batch_size_per_gpu=6",
