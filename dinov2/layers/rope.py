@@ -112,8 +112,9 @@ class RopePositionEmbedding(nn.Module):
 
     def forward(self, rows: int, columns: int, *, num_prefix: int = 0) -> Rotation:
         """Return the angles of a grid's patches, row by row, after 0 for `num_prefix` class and storage tokens."""
-        coords = self._augment(self._coordinates(rows, columns))
-        angles = 2 * math.pi * coords[:, :, None] / self.periods  # [N, 2, d / 4]
+        with torch.autocast(self.periods.device.type, enabled=False):  # it would change the type of the angles
+            coords = self._augment(self._coordinates(rows, columns))
+            angles = 2 * math.pi * coords[:, :, None] / self.periods  # [N, 2, d / 4]
         angles = angles.flatten(1).to(self.dtype)
         prefix = (0, 0, num_prefix, 0)
         return Rotation(F.pad(angles.cos(), prefix, value=1.0), F.pad(angles.sin(), prefix))
@@ -156,11 +157,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     shape = (x.shape[1], *[1] * (x.ndim - 3), x.shape[-1] // 2)
     cos, sin = rotation.cos.view(shape), rotation.sin.view(shape)
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # on the CPU it refuses to join float16
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def _log_uniform(like: Tensor, limit: float) -> Tensor:
-    return like.uniform_(-math.log(limit), math.log(limit)).exp().to(like.dtype)  # autocast would widen it
+    return like.uniform_(-math.log(limit), math.log(limit)).exp()
 
 
 def _check_periods(base: float | None, min_period: float | None, max_period: float | None) -> None:

@@ -72,8 +72,17 @@ def test_the_result_has_the_type_of_the_tokens_and_angles_their_own():
     out = rotate(x, rotation)
     assert out.dtype is torch.float32
     assert torch.equal(out, out.bfloat16().float())  # turned in bfloat16, as in the parent
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert rope(rescale_coords=2.0).train()(2, 2).cos.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_no_angle(dtype):
+    embedding = rope(rescale_coords=2.0, jitter_coords=1.5, shift_coords=0.1, dtype=dtype).train()
+    x, results = torch.randn(1, 4, HEAD), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            results.append(rotate(x, embedding(2, 2)))
+    assert torch.equal(*results)
 
 
 def test_augmentation_happens_in_training_mode_alone():

@@ -1,5 +1,6 @@
 """Backbones sharded over two ranks give the features and gradients of one process."""
 
+import functools
 
 import pytest
 import torch
@@ -64,9 +65,7 @@ def compare_with_one_process():
         types = []
         if make is vit:
             for block in rounded.blocks:
-                block.attn.register_forward_pre_hook(
-                    lambda module, args, types=types: types.append(args[2][0].cos.dtype)
-                )
+                block.attn.register_forward_pre_hook(functools.partial(note_type_of_angles, types))
         features, _ = run(rounded)
         found[f"{make.__name__} rounded"] = max(
             (got - want).abs().mean().item() / want.abs().mean().item()
