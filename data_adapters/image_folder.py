@@ -7,17 +7,15 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinov2.data.datasets.extended import ExtendedVisionDataset
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import DatasetError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
-_SPLITS = ("train", "val", "all")
 _NUM_PROBES = 100  # images tried, at most, before a folder counts as unreadable
 
 
@@ -30,30 +28,22 @@ class ImageFolder(ExtendedVisionDataset):
 
     Args:
         root: the folder; `~` is the home folder.
-        split: train, val or all, in any case. An image belongs to val by a hash of its path below `root`, so it stays
-            where it is when others come or go, and no image is in both.
-        val_fraction: share of the images in val, about; 0..1.
-        options: arguments of `ExtendedVisionDataset`.
+        options: arguments of `ExtendedVisionDataset`. An image belongs to a split by a hash of its path below `root`.
 
     Raises:
-        ConfigError: the split or fraction is wrong.
+        ConfigError: an option is wrong.
         DatasetError: the folder is missing, or holds no image that can be read.
     """
 
-    def __init__(self, *, root: str, split: str = "all", val_fraction: float = 1 / 3, **options: Any) -> None:
+    def __init__(self, *, root: str, **options: Any) -> None:
         super().__init__(**options)
-        if split.lower() not in _SPLITS:
-            raise ConfigError(f"dataset ImageFolder: split={split} must be one of {', '.join(_SPLITS)}")
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"dataset ImageFolder: val_fraction={val_fraction} must be between 0 and 1")
         self.root = os.path.expanduser(root)
         files = _list_images(self.root)
         self._class_names, labels = _classes(files)
-        keep = _in_split(files, split.lower(), val_fraction)
+        everything = self.split == "all"
+        keep = None if everything else self.own_rows(files[index] for index in range(len(files)))
         self._files = files if keep is None else files.take(keep)
         self._labels = labels if keep is None or labels is None else labels[keep]
-        if not len(self):
-            raise DatasetError(f"folder {root}: none of its {len(files)} images falls into split={split}")
         self._require_a_readable_image()
 
     def __len__(self) -> int:
@@ -198,12 +188,3 @@ def _classes(files: _PathList) -> tuple[list[str], np.ndarray | None]:
     for new, name in enumerate(names):
         rank[numbers[name]] = new
     return [os.fsdecode(name) for name in names], rank[labels]
-
-
-def _in_split(files: _PathList, split: str, val_fraction: float) -> np.ndarray | None:
-    """Indices of the images of a split; None for all."""
-    if split == "all":
-        return None
-    hashes = (blake2b(files[index], digest_size=8).digest() for index in range(len(files)))
-    fractions = np.fromiter((int.from_bytes(digest, "big") / 2**64 for digest in hashes), dtype=np.float64)
-    return np.flatnonzero((fractions < val_fraction) == (split == "val"))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data import photometric
-from dinov2.data.datasets.decoders import EncodedImage
+from dinov2.data.datasets.image_source import ImageSource
 from dinov2.data.random_crops import CropBox, cut_crops, draw_box, image_size
 from dinov2.data.random_streams import uniforms
 from dinov2.errors import DatasetError
@@ -99,7 +99,7 @@ class DataAugmentationDINO:
         self.solarize_threshold = solarize_threshold
         self.mean, self.std = normalization(in_chans, mean=mean, std=std)
 
-    def crop(self, image: EncodedImage | Image.Image | Tensor, seed: int) -> dict[str, list[Tensor]]:
+    def crop(self, image: ImageSource | Image.Image | Tensor, seed: int) -> dict[str, list[Tensor]]:
         """First half: cut, resize and flip.
 
         Args:
@@ -166,7 +166,7 @@ class DataAugmentationDINO:
         finished["collated_local_crops"] = self._finish(crops["collated_local_crops"], seeds, first_crop=num_global)
         return finished
 
-    def __call__(self, image: EncodedImage | Image.Image | Tensor, seed: int | None = None) -> dict[str, Any]:
+    def __call__(self, image: ImageSource | Image.Image | Tensor, seed: int | None = None) -> dict[str, Any]:
         """Both halves on one image; without a seed, one from Python's `random`."""
         seed = random.getrandbits(63) if seed is None else seed
         crops = self.crop(image, seed)

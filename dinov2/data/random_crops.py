@@ -5,7 +5,7 @@ Source: boxes as Inception's crops in torchvision's `RandomResizedCrop` (same di
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2.data.datasets.decoders import EncodedImage, pil_to_tensor
+from dinov2.data.datasets.decoders import pil_to_tensor
+from dinov2.data.datasets.image_source import ImageSource, RegionSource
 
 _ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height
 _NUM_ATTEMPTS = 10
@@ -57,30 +58,30 @@ def draw_box(
     return CropBox(top, left, box_height, box_width, size, horizontally, vertically)
 
 
-def cut_crops(image: EncodedImage | Image.Image | Tensor, boxes: list[CropBox]) -> list[Tensor]:
+def cut_crops(image: ImageSource | Image.Image | Tensor, boxes: list[CropBox]) -> list[Tensor]:
     """Cut and resize boxes out of one image.
 
     Args:
-        image: an encoded image, which, if a JPEG, is decoded smaller where no box suffers; a Pillow image of mode L or
-            RGB; or a tensor [C, H, W], uint8 or uint16. Left unchanged.
+        image: a source, which is decoded smaller where it can be and no box suffers, or of which no more is read than
+            the boxes need; a Pillow image of mode L or RGB; or a tensor [C, H, W], uint8 or uint16. Left unchanged.
         boxes: in pixels of the full image.
 
     Returns:
         One tensor [C, size, size] a box, of the image's dtype.
 
     Raises:
-        DatasetError: an encoded image cannot be decoded.
+        DatasetError: a source cannot be decoded.
         TypeError: a tensor of another dtype.
     """
+    if isinstance(image, RegionSource):
+        return _cut_regions(image, boxes)
     height, width = image_size(image)
-    pixels = _decode(image, boxes)
-    if pixels.dtype not in (torch.uint8, torch.uint16):
-        raise TypeError(f"an image is uint8 or uint16, not {pixels.dtype}")
+    pixels = _require_integers(_decode(image, boxes))
     down, across = pixels.shape[1] / height, pixels.shape[2] / width
     return [_cut(pixels, box, down, across) for box in boxes]
 
 
-def image_size(image: EncodedImage | Image.Image | Tensor) -> tuple[int, int]:
+def image_size(image: ImageSource | Image.Image | Tensor) -> tuple[int, int]:
     """Height and width of an image, px."""
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
@@ -105,11 +106,31 @@ def _draw_rectangle(
 
 def _decode(image: Any, boxes: list[CropBox]) -> Tensor:
     """Pixels [C, H, W]."""
-    if isinstance(image, EncodedImage):
+    if isinstance(image, ImageSource):
         return image.to_tensor(reduce=min(box.reduction for box in boxes) / _DECODING_MARGIN)
     if isinstance(image, Image.Image):
         return pil_to_tensor(image)
     return image
+
+
+def _require_integers(pixels: Tensor) -> Tensor:
+    if pixels.dtype not in (torch.uint8, torch.uint16):
+        raise TypeError(f"an image is uint8 or uint16, not {pixels.dtype}")
+    return pixels
+
+
+def _cut_regions(image: RegionSource, boxes: list[CropBox]) -> list[Tensor]:
+    """Cut boxes out of an image read in parts: each box by itself, or once what holds them all, if that is less."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    if sum(box.height * box.width for box in boxes) < (bottom - top) * (right - left):
+        parts = (image.read_region(box.top, box.left, box.height, box.width) for box in boxes)
+        return [
+            _cut(_require_integers(part), replace(box, top=0, left=0), 1.0, 1.0)
+            for part, box in zip(parts, boxes, strict=True)
+        ]
+    shared = _require_integers(image.read_region(top, left, bottom - top, right - left))
+    return [_cut(shared, replace(box, top=box.top - top, left=box.left - left), 1.0, 1.0) for box in boxes]
 
 
 def _cut(pixels: Tensor, box: CropBox, down: float, across: float) -> Tensor:

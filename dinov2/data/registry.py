@@ -91,7 +91,7 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     for constructor in constructors:
         parameters = inspect.signature(constructor, eval_str=True).parameters.values()
         named = [item for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)]
-        found = {item.name: item for item in named if item.name != "self"} | found
+        found |= {item.name: item for item in named if item.name != "self" and item.name not in found}
         if not any(item.kind is item.VAR_KEYWORD for item in parameters):
             break
     return found

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import DataAugmentationDINO
-from dinov2.data.datasets.extended import ExtendedVisionDataset, image_path, unreadable
+from dinov2.data.datasets.extended import image_path, unreadable
 from dinov2.data.random_streams import derive_seed, sample_seed
 from dinov2.errors import DatasetError
 
@@ -73,7 +73,7 @@ class TrainingSamples(Dataset[Sample]):
 
     def _crops(self, index: int, seed: int) -> dict[str, list[Tensor]]:
         """Read and crop one image."""
-        if not isinstance(self.dataset, ExtendedVisionDataset):
+        if not hasattr(self.dataset, "encoded_image"):  # a class of the user's own
             return self.augmentation.crop(self.dataset[index][0], seed)
         try:
             return self.augmentation.crop(self.dataset.encoded_image(index), seed)

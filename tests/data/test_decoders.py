@@ -71,26 +71,82 @@ def test_16_bit_images_keep_their_range(kind):
     assert torch.equal(decoded, expected.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_images_are_uint16_where_the_dataset_asks_for_it(kind, channels):
+    values = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    decoded = pixels(encode(Image.fromarray(values), kind), bits=16, channels=channels)
+    assert decoded.dtype == torch.uint16
+    assert torch.equal(decoded, torch.from_numpy(values).expand(channels, -1, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_8_bit_images_are_scaled_up_where_the_dataset_asks_for_16(kind, channels):
+    data = encode(COLOUR, kind)
+    narrow, wide = pixels(data, channels=channels), pixels(data, channels=channels, bits=16)
+    assert torch.equal(wide.to(torch.int32), narrow.to(torch.int32) * 257)
+
+
+def deep_png(values):
+    """A PNG file of 16 bits a channel from [H, W, C] of uint16, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colour_png_is_read_with_8_bits_and_refused_for_16(channels):
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels)).astype(np.uint16)
+    colour = values[..., :3] if channels > 2 else values[..., [0, 0, 0]]
+    narrow = pixels(deep_png(values)).permute(1, 2, 0).numpy()
+    assert np.abs(narrow - colour / 257).max() <= 1  # the upper 8 bits
+    with pytest.raises(DatasetError) as error:
+        pixels(deep_png(values), bits=16)
+    assert str(error.value) == ("colour PNG files of 16 bits are read with bits=8 only; store TIFF files for bits=16")
+
+
+TURNS = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).T,
+    8: lambda x: np.rot90(x),
+}
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
-    turned = {
-        1: lambda x: x,
-        2: np.fliplr,
-        3: lambda x: np.rot90(x, 2),
-        4: np.flipud,
-        5: np.transpose,
-        6: lambda x: np.rot90(x, -1),
-        7: lambda x: np.rot90(x, 2).T,
-        8: lambda x: np.rot90(x),
-    }[orientation](np.array(upright))
+    turned = TURNS[orientation](np.array(upright))
     encoded = EncodedImage(encode(upright, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {})), channels=1)
     decoded = encoded.to_tensor()[0].numpy()
     assert (encoded.height, encoded.width) == decoded.shape == turned.shape
     assert np.abs(decoded.astype(int) - turned).max() <= (40 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_to_16_bits(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000
+    encoded = EncodedImage(encode(Image.fromarray(upright), kind, exif=exif), bits=16)
+    decoded = encoded.to_tensor().numpy()
+    assert decoded.dtype == np.uint16
+    assert (3, encoded.height, encoded.width) == decoded.shape
+    assert np.array_equal(decoded, np.stack([TURNS[orientation](upright)] * 3))
 
 
 def test_float_images_are_refused_with_a_reason():

@@ -101,3 +101,43 @@ def test_an_image_of_one_pixel_can_be_cropped():
 def test_float_tensors_are_refused():
     with pytest.raises(TypeError, match="an image is uint8 or uint16, not torch.float32"):
         cut_crops(torch.zeros(3, 8, 8), [box(0, 0, 8, 8, 4)])
+
+
+class Parts:
+    """A source that reads parts of a tensor and counts the pixels."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+        self.channels, self.height, self.width = pixels.shape
+        self.num_read = 0
+
+    def to_tensor(self, *, reduce=1.0):
+        self.num_read += self.height * self.width
+        return self.pixels
+
+    def read_region(self, top, left, height, width):
+        assert 0 <= top <= top + height <= self.height
+        assert 0 <= left <= left + width <= self.width
+        self.num_read += height * width
+        return self.pixels[:, top : top + height, left : left + width].clone()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "num_read"),
+    [
+        ([box(0, 0, 8, 8, 8), box(40, 50, 10, 10, 8, horizontally=True)], 8 * 8 + 10 * 10),  # far apart
+        ([box(10, 10, 30, 30, 16), box(12, 8, 30, 30, 16, vertically=True)], 32 * 32),  # nearly the same place
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_a_source_of_parts_gives_the_same_crops_and_reads_as_little_as_it_can(boxes, num_read, dtype):
+    whole = pil_to_tensor(photo(size=(64, 56))).to(dtype)
+    source = Parts(whole)
+    for crop, reference in zip(cut_crops(source, boxes), cut_crops(whole, boxes), strict=True):
+        assert torch.equal(crop, reference)
+    assert source.num_read == num_read
+
+
+def test_a_source_of_parts_that_gives_floats_is_refused():
+    with pytest.raises(TypeError, match="an image is uint8 or uint16, not torch.float32"):
+        cut_crops(Parts(torch.zeros(3, 8, 8)), [box(0, 0, 8, 8, 4)])

@@ -4,7 +4,11 @@ from support.images import write_photos
 
 from data_adapters.image_folder import ImageFolder
 from dinov2.data import make_dataset
+from dinov2.data.registry import known_datasets
 from dinov2.errors import ConfigError
+
+SHARED_KEYS = "split, val_fraction, test_fraction, split_by, one_per_group, bits"
+FOLDER_KEYS = f"root, {SHARED_KEYS}"
 
 
 class Squares:
@@ -38,15 +42,15 @@ def test_a_dotted_name_builds_a_class_of_the_users_own(monkeypatch):
     [
         (
             "ImageFoldr:root=x",
-            "unknown dataset 'ImageFoldr'; did you mean ImageFolder? known are Digits, ImageFolder; "
+            f"unknown dataset 'ImageFoldr'; did you mean ImageFolder? known are {', '.join(known_datasets())}; "
             "a class of your own is named package.module.Class",
         ),
         (
             "ImageFolder:rot=x",
-            "dataset ImageFolder has no key 'rot'; did you mean root? known are root, split, val_fraction",
+            f"dataset ImageFolder has no key 'rot'; did you mean root? known are {FOLDER_KEYS}",
         ),
-        ("ImageFolder:channels=1", "dataset ImageFolder has no key 'channels'; known are root, split, val_fraction"),
-        ("ImageFolder", "dataset ImageFolder needs root=...; its keys are root, split, val_fraction"),
+        ("ImageFolder:channels=1", f"dataset ImageFolder has no key 'channels'; known are {FOLDER_KEYS}"),
+        ("ImageFolder", f"dataset ImageFolder needs root=...; its keys are {FOLDER_KEYS}"),
         ("ImageFolder:root=x:val_fraction=half", "dataset ImageFolder: val_fraction=half: must be a number"),
         (
             "no_such_package.Images",

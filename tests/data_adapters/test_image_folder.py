@@ -149,8 +149,15 @@ def test_one_readable_image_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"split": "test"}, "dataset ImageFolder: split=test must be one of train, val, all"),
-        ({"val_fraction": 1.5}, "dataset ImageFolder: val_fraction=1.5 must be between 0 and 1"),
+        ({"split": "half"}, "dataset ImageFolder: split=half must be one of all, train, val, test"),
+        ({"split": "test"}, "dataset ImageFolder: test_fraction=0 must be above 0 for split=test"),
+        ({"val_fraction": 1.5}, "dataset ImageFolder: val_fraction=1.5 must be at least 0 and below 1"),
+        ({"test_fraction": -1}, "dataset ImageFolder: test_fraction=-1.0 must be at least 0 and below 1"),
+        (
+            {"val_fraction": 0.5, "test_fraction": 0.5},
+            "dataset ImageFolder: val_fraction=0.5 and test_fraction=0.5 together must be below 1",
+        ),
+        ({"bits": 12}, "dataset ImageFolder: bits=12 must be 8 or 16"),
     ],
 )
 def test_wrong_options_are_config_errors(tmp_path, options, sentence):

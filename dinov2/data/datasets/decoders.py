@@ -1,6 +1,7 @@
 """Reading image files that nobody vouches for: size checked before decoding, every failure one `DatasetError`.
 
-`EncodedImage` knows the size of an image before it decodes, so that a caller can ask for fewer pixels.
+`EncodedImage` knows the size of an image before it decodes, so that a caller can ask for fewer pixels. Shapes:
+C channels, H rows, W columns.
 """
 
 import contextlib
@@ -18,24 +19,38 @@ MAX_IMAGE_PIXELS = 178_956_970  # default limit, Pillow's for decompression bomb
 _MODES = {1: "L", 3: "RGB"}
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TURNS = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}  # axes flipped, after swapping if any
 _JPEG_SCALES = (8, 4, 2)
+_UINT16_MAX = 65535
+_WIDEN = 257  # from 8 to 16 bits
+_PNG_DEPTH = 24  # byte of a PNG file that holds its bits a channel
 
 
 class EncodedImage:
-    """An image whose header is read and whose pixels are not.
+    """An image whose header is read and whose pixels are not; an `ImageSource`.
 
     Args:
         data: the file's content.
         channels: 3 for RGB, 1 for grey; any image is converted.
         max_image_pixels: larger images are refused before they are decoded; None: no limit.
+        bits: of a channel in `to_tensor`. 8: wider images keep their upper 8 bits; 16: narrower ones are scaled up.
 
     Raises:
         ConfigError: `channels` is neither 1 nor 3.
         DatasetError: the file is empty, no known image, or too large.
     """
 
-    def __init__(self, data: bytes, *, channels: int = 3, max_image_pixels: int | None = MAX_IMAGE_PIXELS) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        channels: int = 3,
+        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
+        bits: int = 8,
+    ) -> None:
         self._mode = pillow_mode(channels)
+        self.channels = channels
+        self.bits = bits
         if not data:
             raise DatasetError("the file is empty")
         with _unreadable():
@@ -43,6 +58,11 @@ class EncodedImage:
             # Pillow turns TIFF files by itself, size included
             is_turned = self._image.format == "TIFF"
             self._orientation = 1 if is_turned else self._image.getexif().get(_ORIENTATION_TAG, 1)
+        # Pillow has no 16-bit colour, so that such a PNG file is decoded from its bytes
+        is_deep_png = (
+            self._image.format == "PNG" and data[_PNG_DEPTH] == 16 and self._image.mode in ("RGB", "RGBA", "LA")
+        )
+        self._deep_png = data if bits == 16 and is_deep_png else None
         width, height = self._image.size
         if self._orientation in _TRANSPOSED:
             width, height = height, width
@@ -50,7 +70,7 @@ class EncodedImage:
         self.height = height
 
     def to_pil(self, *, reduce: float = 1.0) -> Image.Image:
-        """Decode, once.
+        """Decode, once, to 8 bits.
 
         Args:
             reduce: how many times smaller, in both directions, the result may be; JPEG files then decode to the
@@ -69,8 +89,19 @@ class EncodedImage:
             return ImageOps.exif_transpose(image) if self._orientation != 1 else image
 
     def to_tensor(self, *, reduce: float = 1.0) -> Tensor:
-        """Decode, once, to uint8 [C, H, W], in memory as [H, W, C]."""
-        return pil_to_tensor(self.to_pil(reduce=reduce))
+        """Decode, once, to [C, H, W], uint8 or, with 16 bits, uint16; uint8 lies in memory as [H, W, C].
+
+        Raises:
+            DatasetError: the file is damaged.
+        """
+        if self.bits == 8:
+            return pil_to_tensor(self.to_pil(reduce=reduce))
+        if _is_wide(self._image):
+            with _unreadable():
+                self._image.load()
+            pixels = torch.from_numpy(_wide_values(self._image).astype(np.uint16))
+            return _turn(pixels.expand(self.channels, -1, -1), self._orientation)
+        return (pil_to_tensor(self.to_pil(reduce=reduce)).to(torch.int32) * _WIDEN).to(torch.uint16)
 
 
 def pillow_mode(channels: int) -> str:
@@ -104,16 +135,35 @@ def _open(data: bytes, max_image_pixels: int | None) -> Image.Image:
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert to grey or RGB; 16-bit values keep their upper half, transparency is dropped."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise DatasetError(
-                f"pixels of Pillow's mode {image.mode} have no known range; store 8 or 16 bits a channel"
-            )
-        image = Image.fromarray(np.round(values * (255 / 65535)).astype(np.uint8))
+    if _is_wide(image):
+        image = Image.fromarray(np.round(_wide_values(image) * (255 / _UINT16_MAX)).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Tell whether Pillow holds more than 8 bits a pixel of this image; such images are grey."""
+    return image.mode.startswith("I;16") or image.mode in ("I", "F")
+
+
+def _wide_values(image: Image.Image) -> np.ndarray:
+    """Values of 0..65535 [H, W] of a grey image of more than 8 bits."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > _UINT16_MAX:
+        raise DatasetError(f"pixels of Pillow's mode {image.mode} have no known range; store 8 or 16 bits a channel")
+    return values
+
+
+def _is_deep_colour_png(image: Image.Image, data: bytes) -> bool:
+    """Tell whether a file is a PNG of 16 bits a channel of which Pillow, which has no 16-bit colour, gives only 8."""
+    return image.format == "PNG" and data[_PNG_DEPTH] == 16 and image.mode in ("RGB", "RGBA", "LA")
+
+
+def _turn(pixels: Tensor, orientation: int) -> Tensor:
+    """Apply an EXIF orientation to [C, H, W]."""
+    upright = pixels.transpose(-2, -1) if orientation in _TRANSPOSED else pixels
+    return upright.flip(_TURNS[orientation]) if orientation in _TURNS else upright.contiguous()
 
 
 @contextlib.contextmanager
