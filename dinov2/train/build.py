@@ -90,8 +90,8 @@ def _require_koleo_groups(cfg: Config, *, images_per_pass: int) -> None:
         )
     if size <= dino.koleo_topk:
         raise ConfigError(
-            f"dino.koleo_topk={dino.koleo_topk}: an image has only {size - 1} others to be kept apart from among the "
-            f"{size} that are compared; lower it, or raise dino.koleo_distributed_loss_group_size or the batch"
+            f"dino.koleo_topk={dino.koleo_topk} needs groups of at least {dino.koleo_topk + 1} images, but {size} are "
+            f"compared with each other; lower it, or raise dino.koleo_distributed_loss_group_size or the batch"
         )
 
 

@@ -128,6 +128,38 @@ def test_a_global_batch_that_does_not_divide(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("group_size", "topk", "sentence"),
+    [
+        (
+            5,
+            1,
+            "dino.koleo_distributed_loss_group_size=5 does not divide the 12 images that all ranks pass through the "
+            "network at once; use 4",
+        ),
+        (
+            24,
+            1,
+            "dino.koleo_distributed_loss_group_size=24 does not divide the 12 images that all ranks pass through the "
+            "network at once; use 12",
+        ),
+        (
+            2,
+            2,
+            "dino.koleo_topk=2 needs groups of at least 3 images, but 2 are compared with each other; lower it, or "
+            "raise dino.koleo_distributed_loss_group_size or the batch",
+        ),
+    ],
+)
+def test_groups_of_koleo(tmp_path, capsys, group_size, topk, sentence):
+    options = [
+        "dino.koleo_loss_distributed=true",
+        f"dino.koleo_distributed_loss_group_size={group_size}",
+        f"dino.koleo_topk={topk}",
+    ]
+    assert sentence_of(capsys, *options, folder=tmp_path, code=2) == sentence
+
+
 def test_config_files(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     assert sentence_of(capsys, "--config-file", str(path), folder=tmp_path, code=2) == f"{path}: no such config file"
