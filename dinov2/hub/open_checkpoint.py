@@ -58,6 +58,23 @@ def open_checkpoint(path: Path) -> WeightsFile:
     return WeightsFile(str(path), f"training checkpoint ({num_ranks})", states, extra_keys=extra_keys)
 
 
+def require_own_checkpoint(path: Path) -> None:
+    """Refuse rank files of the official DINOv2 code where the whole state of a run is to be restored.
+
+    Args:
+        path: as for `open_checkpoint`; that there is a checkpoint, and a sound one, is not checked.
+
+    Raises:
+        CheckpointError: the files are those of the official code.
+    """
+    folder, name = files.split_path(path)
+    if _open_foreign(path, folder, name) is not None:
+        raise CheckpointError(
+            f"{path}: was saved by the official DINOv2 code, of which the weights are read but not the state of "
+            f"training; start a new run from them with student.pretrained_weights={path}"
+        )
+
+
 def _open_foreign(path: Path, folder: Path, name: str) -> WeightsFile | None:
     """Open a rank file that has no manifest because the official code wrote it; None if there is no such file."""
     candidates = [path, folder / files.rank_file_name(name, 0)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from dinov2 import checkpoint_format, fsdp
 from dinov2.errors import CheckpointError
+from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.hub.open_weights import open_weights
 
 
@@ -161,6 +162,8 @@ def save_as_the_parents_do(folder):
 @pytest.mark.dist
 def test_rank_files_of_the_official_code_point_to_its_teacher_file(tmp_path):
     run_distributed(save_as_the_parents_do, args={"folder": str(tmp_path)})
+    with pytest.raises(CheckpointError):
+        require_own_checkpoint(tmp_path / "model_0011249.rank_{rank}.pth")
     start = "is one rank's part of a checkpoint of the official DINOv2 code (FSDP), which cannot be read by itself; "
     for name in ("model_0011249.rank_1.pth", "model_0011249.rank_{rank}.pth", "model_0011249"):
         file = tmp_path / (name if "rank_1" in name else "model_0011249.rank_0.pth")
@@ -182,6 +185,20 @@ def test_a_rank_file_of_the_official_code_on_one_gpu_is_read(tmp_path):
     weights = open_weights(tmp_path / "model_0000009.rank_0.pth")
     assert (weights.kind, list(weights.states), weights.extra_keys) == ("PyTorch file", ["teacher"], ("iteration",))
     assert list(weights.states["teacher"]) == ["backbone.weight", "backbone.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        require_own_checkpoint(tmp_path / "model_0000009")
+    assert str(caught.value) == (
+        f"{tmp_path}/model_0000009: was saved by the official DINOv2 code, of which the weights are read but not the "
+        f"state of training; start a new run from them with student.pretrained_weights={tmp_path}/model_0000009"
+    )
+
+
+def test_own_checkpoints_are_not_taken_for_others(tmp_path):
+    require_own_checkpoint(tmp_path / "model_0000003")
+    save(str(tmp_path))
+    require_own_checkpoint(tmp_path / "model_0000003.rank_{rank}.pth")
+    (tmp_path / "model_0000003.manifest.json").unlink()
+    require_own_checkpoint(tmp_path / "model_0000003.rank_0.pth")
 
 
 def test_a_checkpoint_that_does_not_exist(tmp_path):
