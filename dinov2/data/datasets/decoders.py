@@ -58,11 +58,8 @@ class EncodedImage:
             # Pillow turns TIFF files by itself, size included
             is_turned = self._image.format == "TIFF"
             self._orientation = 1 if is_turned else self._image.getexif().get(_ORIENTATION_TAG, 1)
-        # Pillow has no 16-bit colour, so that such a PNG file is decoded from its bytes
-        is_deep_png = (
-            self._image.format == "PNG" and data[_PNG_DEPTH] == 16 and self._image.mode in ("RGB", "RGBA", "LA")
-        )
-        self._deep_png = data if bits == 16 and is_deep_png else None
+        if bits == 16 and _is_deep_colour_png(self._image, data):
+            raise DatasetError("colour PNG files of 16 bits are read with bits=8 only; store TIFF files for bits=16")
         width, height = self._image.size
         if self._orientation in _TRANSPOSED:
             width, height = height, width
