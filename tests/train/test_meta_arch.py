@@ -84,6 +84,7 @@ def test_stochastic_depth_is_the_students_alone():
         (["dino.koleo_loss_weight=0"], "koleo_loss"),
         (["dino.loss_weight=0", "train.centering=sinkhorn_knopp"], None),
         (["ibot.separate_head=true", "train.centering=sinkhorn_knopp"], None),
+        (["ibot.separate_head=true", "ibot.loss_weight=0"], "ibot_loss"),
     ],
 )
 def test_each_loss_can_be_left_out(overrides, absent):
@@ -96,6 +97,30 @@ def test_each_loss_can_be_left_out(overrides, absent):
     assert absent not in metrics
     gradients = [param.grad for param in model.student.parameters() if param.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "local_weight", "num_global_pairs"),
+    [([], 1.0, 2), (["dino.global_ignore_diagonal=false"], 0.3, 4), (["crops.local_crops_number=1"], 0.0, 2)],
+)
+def test_the_total_is_the_weighted_sum_of_what_is_recorded(overrides, local_weight, num_global_pairs):
+    weights = ["dino.loss_weight=0.5", "dino.koleo_loss_weight=0.2", "ibot.loss_weight=0.7"]
+    model = moved_arch([*overrides, *weights])
+    num_local_pairs = 2 * model.num_local_crops
+    batch = random_batch(num_local=model.num_local_crops)
+    recorded = model.forward_backward(batch, teacher_temp=0.06, dino_local_loss_weight=local_weight)
+    dino = num_global_pairs * recorded["dino_global_crops_loss"]
+    dino += local_weight * num_local_pairs * recorded["dino_local_crops_loss"]
+    expected = 0.5 * dino / (num_global_pairs + num_local_pairs)
+    expected += 0.2 * 2 * recorded["koleo_loss"] + 0.7 * recorded["ibot_loss"]
+    torch.testing.assert_close(recorded["total_loss"], expected)
+    assert recorded["dino_local_loss_weight"] == torch.tensor(local_weight)
+
+
+def test_without_its_loss_the_ibot_head_is_not_built():
+    separate = "ibot.separate_head=true"
+    assert "ibot_head" in tiny_arch([separate]).student
+    assert "ibot_head" not in tiny_arch([separate, "ibot.loss_weight=0"]).student
 
 
 def test_a_batch_without_masked_patches_and_of_one_image():
