@@ -39,6 +39,8 @@ EXTRAS = {
 PROGRAMS = [
     "dinov2-train = dinov2.train.train:main",
     "dinov2-eval-knn = dinov2.eval.knn:main",
+    "dinov2-inspect-weights = dinov2.run.inspect_weights:main",
+    "dinov2-export = dinov2.run.export:main",
 ]
 DATASETS = [
     "Digits = data_adapters.digits:Digits",

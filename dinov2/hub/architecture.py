@@ -85,8 +85,9 @@ class Architecture:
 
     @property
     def ffn_ratio(self) -> float:
-        """The smallest rounding apart, the `student.ffn_ratio` that gives `ffn_hidden`."""
-        return self.ffn_hidden / self.embed_dim * (1 if self.ffn_layer == "mlp" else 1.5)
+        """The `student.ffn_ratio` that gives `ffn_hidden`: nine decimals, rounded up because widths are cut off."""
+        ratio = self.ffn_hidden / self.embed_dim * (1 if self.ffn_layer == "mlp" else 1.5)
+        return math.ceil(ratio * 1e9) / 1e9
 
     def settings(self) -> dict[str, Any]:
         """Return the config keys, with values, that build this backbone.
@@ -154,7 +155,7 @@ def describe_architecture(state: Shapes) -> Architecture:
         if name not in state:
             first = next(iter(state), None)
             raise CheckpointError(
-                f"is not a backbone, it has no {name} (vision transformer) and no conv1.weight with "
+                f"is not a whole backbone, it has no {name} (vision transformer) and no conv1.weight with "
                 f"layer1.0.conv1.weight (ResNet); its first tensor is {first}"
             )
     return _describe_vit(state)

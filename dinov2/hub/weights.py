@@ -10,13 +10,14 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.errors import CheckpointError
+from dinov2.hub.architecture import Architecture, describe_architecture
 from dinov2.hub.formats import Converted, to_official
 from dinov2.hub.mismatch import explain_head_mismatch, explain_mismatch
 from dinov2.hub.open_weights import open_weights
@@ -29,10 +30,13 @@ __all__ = [
     "LoadReport",
     "WeightsPlan",
     "choose_network",
+    "describe_backbone",
     "load_backbone_weights",
     "open_weights",
     "plan_head",
     "plan_weights",
+    "refuse_non_finite",
+    "with_masks",
 ]
 
 logger = logging.getLogger(__name__)
@@ -85,9 +89,9 @@ def plan_weights(
     if problem and not (allow_partial and usable):
         raise CheckpointError(f"{file.path}: {problem}")
     return WeightsPlan(
-        state=_refuse_non_finite(usable, path=file.path),
+        state=refuse_non_finite(usable, path=file.path),
         missing=tuple(name for name in own if name not in usable),
-        heads={name: _refuse_non_finite(head, path=file.path) for name, head in converted.heads.items()},
+        heads={name: refuse_non_finite(head, path=file.path) for name, head in converted.heads.items()},
         report=_report(file, key or None, own=own, converted=converted, usable=usable, resized=resized),
     )
 
@@ -118,7 +122,33 @@ def choose_network(file: WeightsFile, checkpoint_key: str) -> str:
     return wrappers[0]
 
 
-def _refuse_non_finite(state: State, *, path: str) -> State:
+def with_masks(converted: Converted) -> State:
+    """Return the backbone's tensors, with the masks of key biases that timm and Hugging Face leave out."""
+    masks = {
+        name: tensor
+        for name, tensor in converted.implied.items()
+        if name.endswith(".bias_mask") and name.removesuffix("_mask") in converted.state
+    }
+    return masks | converted.state
+
+
+def describe_backbone(file: WeightsFile, converted: Converted) -> Architecture:
+    """Describe the backbone of a file; its heads follow from a config beside the weights, if there is one.
+
+    Raises:
+        CheckpointError: it is no backbone, or only a part; a sentence without the file's name.
+    """
+    architecture = describe_architecture(with_masks(converted))
+    config = file.config or {}
+    num_heads = config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")
+    if not isinstance(num_heads, int) or architecture.family == "resnet":
+        return architecture
+    return replace(architecture, num_heads=num_heads)
+
+
+def refuse_non_finite(state: State, *, path: str) -> State:
+    """Make reading a tensor with NaN or infinity raise CheckpointError."""
+
     def check(name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(

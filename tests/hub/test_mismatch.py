@@ -189,7 +189,7 @@ def test_part_of_a_backbone_is_counted():
 
 def test_a_file_with_nothing_of_the_backbone():
     assert explain({"a": SimpleNamespace(shape=(1,))}, SHAPES["dinov2_vits14"]) == (
-        "is not a backbone, it has no cls_token (vision transformer) and no conv1.weight with layer1.0.conv1.weight "
+        "is not a whole backbone, it has no cls_token (vision transformer) and no conv1.weight with layer1.0.conv1.weight "
         "(ResNet); its first tensor is a"
     )
 
