@@ -97,5 +97,5 @@ def test_a_split_without_images_is_named():
         "change val_fraction or test_fraction, or split by smaller groups"
     )
     with pytest.raises(ConfigError) as error:
-        Files(split="val", val_fraction=0)
+        Files(split="VAL", val_fraction=0).own_rows(["x"])
     assert str(error.value) == "dataset Files: val_fraction=0 must be above 0 for split=val"

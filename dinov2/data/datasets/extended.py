@@ -115,7 +115,7 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
         return LazyColumns(self.columns())
 
     def own_rows(self, keys: Iterable[bytes | str]) -> np.ndarray:
-        """Choose the images of this dataset's split.
+        """Choose the images of this dataset's split by the hash of their groups; for data without splits of its own.
 
         Args:
             keys: the group of each image of the whole dataset, or its path if every image stands alone.
@@ -124,8 +124,12 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
             Their places, int64, in rising order.
 
         Raises:
+            ConfigError: the split's share is 0.
             DatasetError: there are none.
         """
+        fraction = f"{self.split}_fraction"
+        if getattr(self, fraction, 1.0) == 0:
+            raise ConfigError(f"dataset {type(self).__name__}: {fraction}=0 must be above 0 for split={self.split}")
         mask = in_split(keys, self.split, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
         if not mask.any():
             raise DatasetError(
@@ -168,9 +172,6 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
         require(0 <= val < 1, f"val_fraction={val}", "at least 0 and below 1")
         require(0 <= test < 1, f"test_fraction={test}", "at least 0 and below 1")
         require(val + test < 1, f"val_fraction={val} and test_fraction={test} together", "below 1")
-        if self.split in ("val", "test"):
-            name = f"{self.split}_fraction"
-            require(getattr(self, name) > 0, f"{name}=0", f"above 0 for split={split}")
         require(self.bits in _BITS, f"bits={self.bits}", "8 or 16")
 
 
