@@ -151,7 +151,9 @@ def format_table(found: Mapping[str, Any]) -> str:
 
 
 def _file_rows(found: Mapping[str, Any]) -> dict[str, str]:
-    networks = ", ".join(f"{name or 'one'} ({count} tensors)" for name, count in found["networks"].items())
+    networks = ", ".join(
+        f"{name} ({count} tensors)" if name else f"{count} tensors" for name, count in found["networks"].items()
+    )
     taken = f"; taken: {found['network']}" if len(found["networks"]) > 1 else ""
     heads = [
         f"{name} ({head['num_prototypes']} prototypes, {head['num_layers']} layers)" if head else name

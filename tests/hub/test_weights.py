@@ -244,10 +244,11 @@ def test_a_file_that_fits_in_nothing_is_refused_all_the_same(tmp_path):
     )
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("meta", [False, True])
-def test_non_finite_weights_are_refused_and_nothing_is_changed(tmp_path, meta):
+def test_non_finite_weights_are_refused_and_nothing_is_changed(tmp_path, meta, value):
     state = copy_of(backbone(0).state_dict())
-    state["norm.bias"][0] = float("inf")
+    state["norm.bias"][0] = float(value)
     path = saved(tmp_path / "w.pth", state)
     model = on_meta() if meta else backbone(1)
     before = None if meta else copy_of(model.state_dict())
@@ -396,9 +397,13 @@ def peak_over_size(path, arch):
 
 
 def save_zeros(path, arch):
-    """Write a safetensors file of the right size without holding it: its zeros are a hole."""
+    """Write a file of the right size without holding it: its zeros are a hole."""
     with torch.device("meta"):
         model = build_model(arch, img_size=518, patch_size=14, init_values=1e-5, ffn_layer="swiglufused")
+    if path.suffix == ".pth":
+        with torch.serialization.skip_data():
+            torch.save(model.to_empty(device="cpu").state_dict(), path)
+        return
     header, end = {}, 0
     for name, tensor in model.state_dict().items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
@@ -410,6 +415,9 @@ def save_zeros(path, arch):
 
 
 @pytest.mark.integration
-def test_vit_g_loads_in_little_more_memory_than_its_own(tmp_path):
-    save_zeros(tmp_path / "vitg.safetensors", "vit_giant2")
-    assert 0.95 < peak_over_size(tmp_path / "vitg.safetensors", "vit_giant2") < 1.3
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_vit_g_loads_in_little_more_memory_than_its_own(tmp_path, suffix):
+    path = tmp_path / f"vitg{suffix}"
+    save_zeros(path, "vit_giant2")
+    assert path.stat().st_size > 4.5e9  # 1.1 B parameters
+    assert 0.95 < peak_over_size(path, "vit_giant2") < 1.3

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dinov2.fsdp import FSDPCheckpointer
 from dinov2.layers.dino_head import DINOHead
 from dinov2.models import build_model
+from dinov2.run.export import main as export
 from dinov2.run.inspect_weights import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +124,23 @@ def test_a_dinov3_backbone(tmp_path, capsys):
     assert "student.pos_embed_type=rope student.norm_layer=layernormbf16" in rows["settings, if not the defaults"]
     code, rows, err = run(capsys, tmp_path / "w.pth", *MODEL, *SIZES)
     assert code == 1 and "(or defaults=dinov3)" in err
+
+
+def test_a_checkpoint_of_a_run(tmp_path, capsys):
+    networks = {name: torch.nn.ModuleDict({"backbone": backbone()}) for name in ("student", "teacher")}
+    checkpointer = FSDPCheckpointer(torch.nn.ModuleDict(networks), str(tmp_path), sharding_strategy="NO_SHARD")
+    checkpointer.save("model_0000003", iteration=3)
+    code, rows, err = run(capsys, tmp_path / "model_0000003.rank_{rank}.pth", *MODEL, *SIZES)
+    assert (code, err, rows["fits"]) == (0, "", "yes")
+    assert rows["kind"] == "training checkpoint (1 rank)"
+    assert rows["networks"] == "teacher (35 tensors), student (35 tensors); taken: teacher"
+    output = str(tmp_path / "out.safetensors")
+    arguments = ["--pretrained-weights", str(tmp_path / "model_0000003"), "--output", output, "--checkpoint-key"]
+    assert export([*arguments, "student", "--format", "safetensors"]) == 0
+    expected = networks["student"]["backbone"].state_dict()
+    written = load_file(output)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_resnet(tmp_path, capsys):
