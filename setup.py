@@ -43,7 +43,9 @@ PROGRAMS = [
     "dinov2-export = dinov2.run.export:main",
 ]
 DATASETS = [
+    "BBBC021 = data_adapters.bbbc021:BBBC021",
     "Digits = data_adapters.digits:Digits",
+    "GroupedJSON = data_adapters.grouped_json:GroupedJSON",
     "ImageFolder = data_adapters.image_folder:ImageFolder",
 ]
 

@@ -4,19 +4,18 @@ Shapes: C channels, H rows, W columns.
 """
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
 from torch import Tensor
 
 from data_adapters.bbbc021_scaling import Window, histogram, percentile_window
 from data_adapters.contained_paths import require_inside
 from dinov2.data.datasets.decoders import EncodedImage
+from dinov2.data.datasets.tiff import TiffArray
 from dinov2.errors import DatasetError
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -81,11 +80,10 @@ class ChannelsInFile:
     ) -> None:
         self.label = f"image file {file}"
         self._wanted = list(wanted)
-        data = _read(root, file, self.label)
+        path = _path(root, file)
         with _named(self.label):
-            is_tiff = data[:4] in _TIFF_STARTS
-            kind = _TiffPlanes if is_tiff else _PillowPlanes
-            self._image = kind(data, num_channels=num_channels, max_image_pixels=max_image_pixels)
+            kind = _TiffPlanes if _is_tiff(path) else _PillowPlanes
+            self._image = kind(path, num_channels=num_channels, max_image_pixels=max_image_pixels)
         self.width, self.height = self._image.width, self._image.height
 
     def planes(self) -> list[np.ndarray]:
@@ -135,17 +133,20 @@ class ScaledImage:
         """
         planes = self._source.planes()
         windows = self._windows or [percentile_window(histogram(plane), self._percentiles) for plane in planes]
-        scaled = [window.table(self._bits)[plane] for window, plane in zip(windows, planes, strict=True)]
-        pixels = torch.from_numpy(np.stack(scaled))
+        scaled = np.empty((len(planes), self.height, self.width), dtype=np.uint8 if self._bits == 8 else np.uint16)
+        for window, plane, result in zip(windows, planes, scaled, strict=True):
+            np.take(window.table(self._bits), plane, mode="clip", out=result)  # clip: faster, no value is out of range
+        pixels = torch.from_numpy(scaled)
         return pixels if len(pixels) == self.channels else pixels.expand(self.channels, -1, -1).contiguous()
 
 
 class _PillowPlanes:
     """Channels of an image that is no TIFF file: red, green and blue, or grey."""
 
-    def __init__(self, data: bytes, *, num_channels: int, max_image_pixels: int | None) -> None:
+    def __init__(self, path: str, *, num_channels: int, max_image_pixels: int | None) -> None:
         if num_channels not in (1, 3):
-            raise DatasetError(f"it is no TIFF file, so it cannot hold {num_channels} channels")
+            raise DatasetError(f"it is no TIFF file, so it cannot hold {num_channels} channels (file_channels=)")
+        data = Path(path).read_bytes()
         self._image = EncodedImage(data, channels=num_channels, max_image_pixels=max_image_pixels, bits=16)
         self.width, self.height = self._image.width, self._image.height
 
@@ -156,20 +157,18 @@ class _PillowPlanes:
 class _TiffPlanes:
     """Channels of a TIFF file: its pages, or the samples of one page."""
 
-    def __init__(self, data: bytes, *, num_channels: int, max_image_pixels: int | None) -> None:
-        self._data = data
-        with _undamaged(), tifffile.TiffFile(io.BytesIO(data)) as file:
-            series = file.series[0]
-            shape, self._type = tuple(size for size in series.shape if size != 1), series.dtype
-        shape = shape if len(shape) == 3 else (1, *shape)
-        axes = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] == num_channels]
-        if not axes:
-            sizes = " x ".join(str(size) for size in series.shape)
-            raise DatasetError(f"its array is {sizes}, but it must hold {num_channels} channels (file_channels=)")
-        self._axis, self._shape = axes[0], shape
-        self.height, self.width = shape[1:] if self._axis == 0 else shape[:2]
-        if self._type.kind != "u" or self._type.itemsize > 2:
-            raise DatasetError(f"its pixels are {self._type}; they must be whole numbers of 8 or 16 bits")
+    def __init__(self, path: str, *, num_channels: int, max_image_pixels: int | None) -> None:
+        self._path = path
+        self._max_image_pixels = max_image_pixels
+        with contextlib.closing(self._open()) as array:
+            sizes = dict(zip(array.axes, array.shape, strict=True))
+            if array.dtype not in (np.uint8, np.uint16):
+                raise DatasetError(f"its pixels are {array.dtype}; they must be whole numbers of 8 or 16 bits")
+        self.height, self.width = sizes["Y"], sizes["X"]
+        others = [size for axis, size in sizes.items() if axis not in "YX" and size > 1]
+        if others != [num_channels] * (num_channels > 1):
+            found = " x ".join(str(size) for size in others) or "1"
+            raise DatasetError(f"it holds {found} channels or pages, but must hold {num_channels} (file_channels=)")
         if max_image_pixels is not None and self.width * self.height > max_image_pixels:
             raise DatasetError(
                 f"{self.width} x {self.height} pixels are more than data.max_image_pixels={max_image_pixels}; "
@@ -177,26 +176,33 @@ class _TiffPlanes:
             )
 
     def planes(self) -> np.ndarray:
-        with _undamaged(), tifffile.TiffFile(io.BytesIO(self._data)) as file:
-            pixels = np.moveaxis(file.series[0].asarray().reshape(self._shape), self._axis, 0)
-        return pixels.astype(np.uint16) * (_WIDEN if self._type.itemsize == 1 else 1)
+        with contextlib.closing(self._open()) as array:
+            pixels = array.read([slice(0, size) for size in array.shape])
+            rows, columns = array.axes.index("Y"), array.axes.index("X")
+        planes = np.moveaxis(pixels, (rows, columns), (-2, -1)).reshape(-1, self.height, self.width)
+        return planes if planes.dtype == np.uint16 else planes.astype(np.uint16) * _WIDEN
+
+    def _open(self) -> TiffArray:
+        return TiffArray(self._path, max_image_pixels=self._max_image_pixels)
 
 
-def _read(root: str, file: str, label: str) -> bytes:
-    """Read a file below the root."""
+def _is_tiff(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in _TIFF_STARTS
+
+
+def _path(root: str, file: str) -> str:
+    """Path of a file that is really below the root."""
     path = os.path.join(root, file)
     require_inside(root, path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{label}: {error.strerror or error}") from error
+    return path
 
 
 def _open(root: str, file: str, label: str, max_image_pixels: int | None) -> EncodedImage:
     """Read the header of one channel's file."""
-    data = _read(root, file, label)
+    path = _path(root, file)
     with _named(label):
-        return EncodedImage(data, channels=1, max_image_pixels=max_image_pixels, bits=16)
+        return EncodedImage(Path(path).read_bytes(), channels=1, max_image_pixels=max_image_pixels, bits=16)
 
 
 @contextlib.contextmanager
@@ -204,16 +210,7 @@ def _named(label: str) -> Iterator[None]:
     """Put the name of a file before what is wrong with it."""
     try:
         yield
+    except OSError as error:
+        raise DatasetError(f"{label}: {error.strerror or error}") from error
     except DatasetError as error:
         raise DatasetError(f"{label}: {error}") from error
-
-
-@contextlib.contextmanager
-def _undamaged() -> Iterator[None]:
-    """Turn what a damaged file makes tifffile raise into a `DatasetError`."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # a dozen kinds: TiffFileError, ValueError, struct.error, zlib.error, ...
-        raise DatasetError(f"damaged file ({error or type(error).__name__})") from error
