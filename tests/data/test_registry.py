@@ -8,7 +8,7 @@ from dinov2.data.registry import known_datasets
 from dinov2.errors import ConfigError
 
 SHARED_KEYS = "split, val_fraction, test_fraction, split_by, one_per_group, bits"
-FOLDER_KEYS = f"root, {SHARED_KEYS}"
+FOLDER_KEYS = f"root, classes, exclude, label_level, {SHARED_KEYS}"
 
 
 class Squares:

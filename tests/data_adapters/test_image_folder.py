@@ -1,7 +1,12 @@
 import os
+import pickle
+import shutil
+import time
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support.images import encode, photo, write_photos
 
 from dinov2.data import make_dataset
@@ -149,21 +154,188 @@ def test_one_readable_image_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"split": "half"}, "dataset ImageFolder: split=half must be one of all, train, val, test"),
-        ({"split": "test"}, "dataset ImageFolder: test_fraction=0 must be above 0 for split=test"),
-        ({"val_fraction": 1.5}, "dataset ImageFolder: val_fraction=1.5 must be at least 0 and below 1"),
-        ({"test_fraction": -1}, "dataset ImageFolder: test_fraction=-1.0 must be at least 0 and below 1"),
+        ({"split": "half"}, "split=half must be one of all, train, val, test"),
+        ({"split": "test"}, "test_fraction=0 must be above 0 for split=test"),
+        ({"val_fraction": 1.5}, "val_fraction=1.5 must be at least 0 and below 1"),
+        ({"test_fraction": -1}, "test_fraction=-1.0 must be at least 0 and below 1"),
         (
             {"val_fraction": 0.5, "test_fraction": 0.5},
-            "dataset ImageFolder: val_fraction=0.5 and test_fraction=0.5 together must be below 1",
+            "val_fraction=0.5 and test_fraction=0.5 together must be below 1",
         ),
-        ({"bits": 12}, "dataset ImageFolder: bits=12 must be 8 or 16"),
+        ({"bits": 12}, "bits=12 must be 8 or 16"),
+        ({"label_level": -1}, "label_level=-1 must be at least 0"),
+        ({"label_level": 0, "classes": "a"}, "classes= needs labels; leave out label_level=0"),
+        ({"classes": "a,,b"}, "classes=a,,b: must be names with a comma between two"),
+        ({"exclude": ""}, "exclude=: must be names with a comma between two"),
+        ({"split_by": "level0"}, "split_by=level0 must be path, folder, or level1, level2, ..."),
     ],
 )
 def test_wrong_options_are_config_errors(tmp_path, options, sentence):
+    write_photos(tmp_path, 2)
     with pytest.raises(ConfigError) as error:
         folder(tmp_path, **options)
-    assert str(error.value) == sentence
+    assert str(error.value) == f"dataset ImageFolder: {sentence}"
+
+
+def tree(root, names):
+    """Write a photograph under each name."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(number, size=(8, 8)), "PNG"))
+
+
+NESTED = [
+    f"site_{site}/{kind}/slide_{slide}/{number}.png"
+    for site in (1, 2)
+    for kind in ("cat", "dog")
+    for slide in (1, 2, 3)
+    for number in (1, 2)
+]
+
+
+def test_folders_of_any_level_give_the_labels(tmp_path):
+    tree(tmp_path, [*NESTED, "site_1/stray.png"])
+    assert folder(tmp_path).class_names == ["site_1", "site_2"]
+    second = folder(tmp_path, label_level=2)
+    assert second.class_names == ["cat", "dog"]
+    assert second.get_targets().tolist() == [0] * 6 + [1] * 6 + [-1] + [0] * 6 + [1] * 6
+    none = folder(tmp_path, label_level=0)
+    assert (none.get_targets(), none.class_names, none[0][1]) == (None, [], None)
+
+
+def test_classes_choose_images(tmp_path):
+    tree(tmp_path, ["ant/1.png", "bee/1.png", "bee/2.png", "cow/1.png", "0.png"])
+    dataset = folder(tmp_path, classes="cow, bee")
+    assert names(dataset) == ["bee/1.png", "bee/2.png", "cow/1.png"]
+    assert dataset.class_names == ["bee", "cow"]
+    assert [dataset[index][1] for index in range(3)] == dataset.get_targets().tolist() == [0, 0, 1]
+    with pytest.raises(DatasetError) as error:
+        folder(tmp_path, classes="bee,cwo")
+    assert str(error.value) == (
+        f"dataset ImageFolder: classes=cwo: no folder of that name holds images of {tmp_path}; did you mean cow? "
+        "known are ant, bee, cow"
+    )
+
+
+def test_excluded_files_and_folders_are_left_out(tmp_path):
+    tree(tmp_path, ["a/1.png", "a/1_mask.png", "a/thumbs/1.png", "b/old/1.png", "b/new/old/1.png", "b/2.png"])
+    assert names(folder(tmp_path, exclude="thumbs,*_mask.*")) == [
+        "a/1.png",
+        "b/2.png",
+        "b/new/old/1.png",
+        "b/old/1.png",
+    ]
+    assert names(folder(tmp_path, exclude="b/*/old,a/*")) == ["b/2.png", "b/old/1.png"]
+    with pytest.raises(DatasetError) as error:
+        folder(tmp_path, exclude="*.png")
+    assert str(error.value) == f"folder {tmp_path}: all its images are left out by exclude=*.png"
+    (tmp_path / "broken").symlink_to("/")
+    assert len(folder(tmp_path, exclude="broken")) == 6
+
+
+@pytest.mark.parametrize(("split_by", "num_groups"), [("folder", 12), ("level1", 2), ("level3", 12), ("level9", 12)])
+def test_groups_stay_together(tmp_path, split_by, num_groups):
+    tree(tmp_path, NESTED)
+    options = {"split_by": split_by, "val_fraction": 0.3, "test_fraction": 0.3}
+    whole = folder(tmp_path, split_by=split_by)
+    groups, group_names = whole.groups(), whole.metadata()["group"]
+    assert len(set(groups)) == len(set(group_names)) == num_groups
+    assert len(set(zip(groups.tolist(), group_names.tolist(), strict=True))) == num_groups
+    found = []
+    for split in ("train", "val", "test"):
+        try:
+            found.append(set(folder(tmp_path, split=split, **options).metadata()["group"].tolist()))
+        except DatasetError:
+            assert num_groups == 2  # two groups cannot fill three splits
+    assert sum(len(part) for part in found) == num_groups == len(set().union(*found))
+
+
+def test_images_that_stand_alone_have_no_groups(tmp_path):
+    tree(tmp_path, NESTED)
+    for dataset in (folder(tmp_path), folder(tmp_path, split_by="path")):
+        assert dataset.groups() is None
+        assert "group" not in dataset.metadata()
+
+
+def test_16_bit_files_keep_their_bits_on_request(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    tree(tmp_path, ["plain.png"])
+    deep, plain = (image for image, _ in (folder(tmp_path, bits=16)[index] for index in (0, 1)))
+    assert deep.dtype == plain.dtype == torch.uint16
+    assert np.array_equal(deep[0].numpy(), values)
+    assert folder(tmp_path)[0][0].mode == "RGB"
+
+
+def cached(root, cache, **options):
+    keys = "".join(f":{key}={value}" for key, value in options.items())
+    return make_dataset(f"ImageFolder:root='{root}'{keys}", cache_dir=str(cache))
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Let scans take place 3 s later, when a folder's last change can be told from the next one."""
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 3 * 10**9)
+
+
+def listed(monkeypatch, root):
+    """Folders of the data that are listed from now on."""
+    folders, scandir = [], os.scandir
+
+    def listing(path="."):
+        if os.fsdecode(path).startswith(str(root)):
+            folders.append(os.fsdecode(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    return folders
+
+
+def test_what_was_found_is_kept_and_found_anew_when_a_folder_changes(tmp_path, monkeypatch, settled):
+    root, cache = tmp_path / "photos", tmp_path / "cache"
+    tree(root, ["a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png", "c.png"])
+    fresh = [names(cached(root, cache, split=split)) for split in ("all", "train", "val")]
+    with monkeypatch.context() as patch:
+        folders = listed(patch, root)
+        kept = [cached(root, cache, split=split) for split in ("all", "train", "val")]
+    assert folders == []
+    assert [names(dataset) for dataset in kept] == fresh
+    assert kept[0].get_targets().tolist() == [0, 0, 1, 1, 1, -1]
+    assert kept[0].class_names == ["a", "b"]
+    tree(root, ["b/6.png"])
+    assert names(cached(root, cache)) == [*fresh[0][:5], "b/6.png", "c.png"]
+    os.remove(root / "a/1.png")
+    (root / "d").mkdir()
+    assert names(cached(root, cache)) == ["a/2.png", "b/3.png", "b/4.png", "b/5.png", "b/6.png", "c.png"]
+    tree(root, ["d/7.png"])
+    assert cached(root, cache).class_names == ["a", "b", "d"]
+    assert not [path for path in root.rglob("*") if path.suffix != ".png" and not path.is_dir()]
+
+
+def test_a_folder_that_has_just_changed_is_gone_through_again(tmp_path, monkeypatch):
+    root, cache = tmp_path / "photos", tmp_path / "cache"
+    tree(root, ["1.png"])
+    cached(root, cache)
+    folders = listed(monkeypatch, root)
+    assert names(cached(root, cache)) == ["1.png"]
+    assert folders == [str(root)]
+    assert len(list(cache.rglob("folder-*.index"))) == 1  # the same content has the same name
+
+
+def test_a_dataset_that_is_kept_can_be_sent_to_other_processes(tmp_path):
+    root, cache = tmp_path / "photos", tmp_path / "cache"
+    tree(root, [f"{kind}/{number}.png" for kind in "ab" for number in range(200)])
+    dataset = cached(root, cache, split="train", split_by="path")
+    message = pickle.dumps(dataset)
+    assert len(message) < 3000  # the names of files, not what stands in them
+    copy = pickle.loads(message)
+    assert names(copy) == names(dataset)
+    assert copy.get_targets().tolist() == dataset.get_targets().tolist()
+    shutil.rmtree(cache)
+    with pytest.raises(DatasetError, match="index .*cache.* cannot be read any more: .*; start the program again"):
+        pickle.loads(message)
 
 
 def test_an_index_outside_is_an_index_error(tmp_path):
