@@ -6,33 +6,26 @@ Shapes: B images of this rank, C channels.
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dinov2.layers.batch_norm import normalize_batch
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` that also takes CPU tensors; equal to plain batch normalisation with one rank.
+    """`torch.nn.SyncBatchNorm` that also takes CPU tensors, and parameters of another type than its statistics.
+
+    With one rank it is plain batch normalisation.
 
     Every rank must call it equally often in training mode, because it communicates then.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return normalised features of the same shape, [B, C, ...]."""
-        if x.device.type != "cpu":
-            return super().forward(x)
-        if self.training:
-            self.num_batches_tracked.add_(1)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                training=self.training,
-                momentum=self.momentum,
-                eps=self.eps,
-            )
+            return normalize_batch(x, self)
+        if x.device.type != "cpu" and self.weight.dtype == self.running_mean.dtype:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
         return self._normalize_over_ranks(x.float()).to(x.dtype)
 
     def _normalize_over_ranks(self, x: Tensor) -> Tensor:

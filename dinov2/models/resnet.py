@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
+from dinov2.layers.batch_norm import BatchNorm2d
 from dinov2.layers.sync_batchnorm import SyncBatchNorm
 from dinov2.models.vision_transformer import Features
 
@@ -41,7 +42,7 @@ class ResNet(nn.Module):
         super().__init__()
         if arch not in RESNETS:
             raise ConfigError(f"arch={arch}: must be one of {', '.join(RESNETS)}")
-        norm = SyncBatchNorm if sync_batchnorm else nn.BatchNorm2d
+        norm = SyncBatchNorm if sync_batchnorm else BatchNorm2d
         trunk = torchvision.models.get_model(arch, weights=None, norm_layer=norm)
         for name, child in trunk.named_children():
             if name != "fc":
