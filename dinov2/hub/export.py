@@ -73,7 +73,7 @@ def export_weights(
             for them, or the output cannot be written.
         ConfigError: the output exists, or is not of the format's kind.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     _check_output(output, target=target, overwrite=overwrite)
     file = open_weights(weights)
     key = choose_network(file, checkpoint_key)
@@ -107,7 +107,8 @@ def _check_output(output: Path, *, target: str, overwrite: bool) -> None:
     suffixes = _FILE_FORMATS.get(target)
     if suffixes and output.suffix not in suffixes:
         raise ConfigError(f"--output {output}: a file in the format {target} ends in {' or '.join(suffixes)}")
-    if not output.exists():
+    is_empty_folder = output.is_dir() and not is_file and not any(output.iterdir())
+    if is_empty_folder or not output.exists():
         return
     if not overwrite:
         raise ConfigError(f"--output {output}: exists; choose another, or pass --overwrite")

@@ -89,7 +89,7 @@ def _compare(file: Architecture, model: Architecture) -> list[_Difference]:
 def _compare_resnets(file: Architecture, model: Architecture) -> _Difference | None:
     if "resnet" not in (file.family, model.family) or file.arch == model.arch:
         return None
-    return _Difference(f"it is {_kind(file)} but the model is {_kind(model)}", _size_settings(file))
+    return _Difference(f"it is {_kind(file)} but the model is {_kind(model)}", _size_settings(file, model))
 
 
 def _kind(architecture: Architecture) -> str:
@@ -113,28 +113,27 @@ def _explain_family(file: Architecture, model: Architecture) -> _Difference | No
     return _Difference(text, settings, f" (or defaults={defaults})")
 
 
-def _size_settings(architecture: Architecture) -> dict[str, Any]:
-    if architecture.arch:
-        return {"student.arch": architecture.arch}
-    size = {"student.embed_dim": architecture.embed_dim, "student.depth": architecture.depth}
-    arch = arch_of_width(architecture.embed_dim)  # for its number of heads, which the shapes do not tell
-    return {"student.arch": arch, "student.depth": architecture.depth} if arch else size
+def _size_settings(file: Architecture, model: Architecture) -> dict[str, Any]:
+    """Name the size of the file; numbers that made a size without a name are taken back."""
+    arch = file.arch or arch_of_width(file.embed_dim)  # for its number of heads, which the shapes do not tell
+    if arch is None:
+        depth = {} if file.depth == model.depth else {"student.depth": file.depth}
+        return {"student.embed_dim": file.embed_dim} | depth
+    numbers = {} if model.arch else {"student.embed_dim": None, "student.depth": None, "student.num_heads": None}
+    return {"student.arch": arch} | numbers | ({} if file.arch else {"student.depth": file.depth})
 
 
 def _explain_width(file: Architecture, model: Architecture) -> _Difference | None:
     if file.embed_dim == model.embed_dim:
         return None
-    settings = _size_settings(file)
-    if file.depth == model.depth and "student.embed_dim" in settings:
-        del settings["student.depth"]
     text = f"its embedding has {file.embed_dim} features but the model's has {model.embed_dim}"
-    return _Difference(text, settings)
+    return _Difference(text, _size_settings(file, model))
 
 
 def _explain_depth(file: Architecture, model: Architecture) -> _Difference | None:
     if file.depth == model.depth or file.embed_dim != model.embed_dim:
         return None
-    settings = {"student.arch": file.arch} if file.arch else {"student.depth": file.depth}
+    settings = _size_settings(file, model) if file.arch else {"student.depth": file.depth}
     return _Difference(f"it has {file.depth} blocks but the model has {model.depth}", settings)
 
 

@@ -56,16 +56,17 @@ def write_folder(path: Path, state: State, *, config: Mapping[str, Any]) -> None
 
 def _write_aside(path: Path, write: Callable[[Path], None], state: State) -> None:
     """Write under a temporary name, then rename; what was there before stays until then."""
-    temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
+    place = path.absolute()  # "." has no name
+    temporary, old = (place.with_name(place.name + suffix) for suffix in (".tmp", ".old"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(path, state)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(place, state)
         _remove(temporary)
         write(temporary)
-        if path.is_dir():
+        if place.is_dir():
             _remove(old)
-            path.rename(old)
-        temporary.replace(path)
+            place.rename(old)
+        temporary.replace(place)
         _remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # writers of tensors hide the system's error
         cause = error if isinstance(error, OSError) else error.__context__

@@ -122,8 +122,18 @@ def _describe_network(architecture: Architecture, cfg: Config) -> dict[str, Any]
     return {
         "architecture": asdict(architecture) | {"image_size": architecture.image_size},
         "settings": settings,
-        "differing_settings": {key: value for key, value in settings.items() if not _is_set(cfg, key, value)},
+        "differing_settings": {key: value for key, value in settings.items() if not _is_set(cfg, key, value)}
+        | _numbers_to_take_back(architecture, cfg, settings),
     }
+
+
+def _numbers_to_take_back(architecture: Architecture, cfg: Config, settings: Mapping[str, Any]) -> dict[str, None]:
+    """Name numbers of the config's that replace those of a named size, where they are not the file's."""
+    names = ("embed_dim", "depth", "num_heads", "ffn_ratio")
+    wrong = {
+        f"student.{name}" for name in names if getattr(cfg.student, name) not in (None, getattr(architecture, name))
+    }
+    return {key: None for key in sorted(wrong - settings.keys())}
 
 
 def _is_set(cfg: Config, key: str, value: Any) -> bool:

@@ -217,6 +217,15 @@ def test_an_output_that_exists_stays_unless_told_otherwise(tmp_path, source):
     assert sorted(os.listdir(tmp_path)) == ["hf", "other.pth", "out.pth", "source.pth"]
 
 
+def test_an_empty_folder_and_one_that_is_not_there_are_filled(tmp_path, source):
+    path = source(backbone())
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "empty", tmp_path / "new" / "hf"):
+        export_weights(path, output, target="hf", num_heads=3)
+        assert sorted(os.listdir(output)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "new", "source.pth"]
+
+
 def test_what_is_no_export_is_never_overwritten(tmp_path, source):
     path = source(backbone())
     folder = tmp_path / "photos"

@@ -162,6 +162,20 @@ def test_the_settings_that_are_shown_make_the_file_fit(tmp_path, capsys):
     assert (code, rows["fits"], rows["resized"]) == (0, "yes", "0"), err
 
 
+def test_numbers_of_another_size_are_taken_back(tmp_path, capsys):
+    with torch.device("meta"):
+        model = build_model("vit_small", patch_size=4, img_size=16, init_values=1e-5)
+    path = save(tmp_path / "w.pth", model.to_empty(device="cpu"))
+    code, rows, err = run(capsys, path, *MODEL, *SIZES)
+    assert code == 1 and err == (
+        f"error: {path}: its embedding has 384 features but the model's has 48; "
+        "set student.arch=vit_small student.embed_dim=null student.depth=null student.num_heads=null"
+    )
+    settings = rows["settings, if not the config's"]
+    assert settings == "student.arch=vit_small student.depth=null student.embed_dim=null"
+    assert run(capsys, path, *MODEL, *SIZES, *settings.split())[0] == 0
+
+
 def test_part_of_a_backbone(tmp_path, capsys):
     state = {name: tensor for name, tensor in backbone().state_dict().items() if "blocks" not in name}
     torch.save(state, tmp_path / "w.pth")
