@@ -48,7 +48,7 @@ class TiffArray:
     def __init__(self, path: str | os.PathLike[str], *, max_image_pixels: int | None = MAX_IMAGE_PIXELS) -> None:
         self._max_pixels = max_image_pixels
         self._path = os.fspath(path)
-        with _damaged():
+        with _damaged(), _silent():
             self._file = tifffile.TiffFile(self._path, **_ONE_FILE)
         try:
             with _damaged(), _silent():
