@@ -4,12 +4,17 @@ Shapes: D features, C channels of the file, N channels of the model, p and q sid
 """
 
 import functools
+import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dinov2.hub.stored_tensor import State, StoredTensor
 from dinov2.models.positions import interpolate_positions
+
+_KERNELS = ("patch_embed.proj.weight", "conv1.weight")  # first layer of a vision transformer, of a ResNet
 
 
 def resize_positions(pos_embed: Tensor, side: int, *, offset: float, antialias: bool) -> Tensor:
@@ -73,3 +78,54 @@ def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
         return weight
     shared = weight.detach().float().sum(dim=1, keepdim=True) / in_chans
     return shared.repeat(1, in_chans, 1, 1).to(weight.dtype)
+
+
+def fit_sizes(model: nn.Module, own: Mapping[str, Tensor], state: State) -> tuple[State, dict[str, str]]:
+    """Plan the resizing of positions and of the first kernel, where only their size differs from the model's.
+
+    Args:
+        model: gives its rule of interpolation; left unchanged.
+        own: its state dict.
+        state: of the file, official names; left unchanged.
+
+    Returns:
+        (the state with resized tensors in place of these, {name: what was resized, for people}).
+    """
+    fitted, resized = dict(state), {}
+    for name in (*_KERNELS, "pos_embed"):
+        if name not in own or name not in state or own[name].shape == state[name].shape:
+            continue
+        want = own[name].shape
+        result = (
+            _fit_positions(model, want, state[name]) if name == "pos_embed" else _fit_kernel(name, want, state[name])
+        )
+        if result:
+            fitted[name], resized[name] = result
+    return fitted, resized
+
+
+def _fit_positions(model: nn.Module, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
+    have = stored.shape
+    side, wanted = math.isqrt(have[1] - 1), math.isqrt(want[1] - 1)
+    if have[2] != want[2] or side**2 != have[1] - 1:
+        return None  # a mismatch that has its own sentence
+    resize = functools.partial(
+        resize_positions, side=wanted, offset=model.interpolate_offset, antialias=model.interpolate_antialias
+    )
+    return stored.map(want, resize), f"{side}x{side} -> {wanted}x{wanted} patches"
+
+
+def _fit_kernel(name: str, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
+    have = stored.shape
+    if len(have) != 4 or have[0] != want[0] or have[2] != have[3]:
+        return None
+    changes = []
+    if have[1] != want[1]:
+        changes.append(f"{have[1]} -> {want[1]} channels")
+        stored = stored.map((have[0], want[1], *have[2:]), functools.partial(adapt_in_chans, in_chans=want[1]))
+    if have[2:] != want[2:]:
+        if name != "patch_embed.proj.weight":
+            return None
+        changes.append(f"patches of {have[2]} -> {want[2]} px")
+        stored = stored.map(want, functools.partial(resize_patch_embed, patch_size=want[2]))
+    return stored, ", ".join(changes)

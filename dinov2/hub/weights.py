@@ -22,8 +22,8 @@ from dinov2.hub.formats import Converted, to_official
 from dinov2.hub.mismatch import explain_head_mismatch, explain_mismatch
 from dinov2.hub.open_weights import open_weights
 from dinov2.hub.report import LoadReport
-from dinov2.hub.resize import adapt_in_chans, resize_patch_embed, resize_positions
-from dinov2.hub.stored_tensor import State, StoredTensor
+from dinov2.hub.resize import fit_sizes
+from dinov2.hub.stored_tensor import State
 from dinov2.hub.weights_file import WeightsFile
 
 __all__ = [
@@ -46,7 +46,6 @@ MAY_BE_MISSING = re.compile(
     r"mask_token|rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask|local_cls_norm\.(weight|bias)"
     r"|.+\.num_batches_tracked"
 )
-_KERNELS = ("patch_embed.proj.weight", "conv1.weight")  # first layer of a vision transformer, of a ResNet
 _NETWORKS = ("teacher", "student")
 
 
@@ -83,8 +82,9 @@ def plan_weights(
     converted = to_official(file.states[key], path=file.path, network=checkpoint_key)
     own = model.state_dict()
     implied = {name: tensor for name, tensor in converted.implied.items() if name in own}
-    fitted, resized = _fit(model, own, implied | converted.state)
-    problem = explain_mismatch(own, fitted, may_be_missing=[n for n in own if MAY_BE_MISSING.fullmatch(n)])
+    fitted, resized = fit_sizes(model, own, implied | converted.state)
+    may_be_missing = [name for name in own if MAY_BE_MISSING.fullmatch(name)]
+    problem = explain_mismatch(own, fitted, may_be_missing=may_be_missing) or _explain_heads(file, model)
     usable = {name: fitted[name] for name in own if name in fitted and fitted[name].shape == own[name].shape}
     if problem and not (allow_partial and usable):
         raise CheckpointError(f"{file.path}: {problem}")
@@ -139,11 +139,22 @@ def describe_backbone(file: WeightsFile, converted: Converted) -> Architecture:
         CheckpointError: it is no backbone, or only a part; a sentence without the file's name.
     """
     architecture = describe_architecture(with_masks(converted))
+    return replace(architecture, num_heads=_stated_heads(file) or architecture.num_heads)
+
+
+def _stated_heads(file: WeightsFile) -> int | None:
+    """Return the attention heads that a config beside the weights states: of Hugging Face, or of timm."""
     config = file.config or {}
     num_heads = config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")
-    if not isinstance(num_heads, int) or architecture.family == "resnet":
-        return architecture
-    return replace(architecture, num_heads=num_heads)
+    return num_heads if isinstance(num_heads, int) else None
+
+
+def _explain_heads(file: WeightsFile, model: nn.Module) -> str | None:
+    """Compare the attention heads, which do not show in shapes, where both sides state them."""
+    have, want = _stated_heads(file), getattr(model, "num_heads", None)
+    if None in (have, want) or have == want:
+        return None
+    return f"its config states {have} attention heads but the model has {want}; set student.num_heads={have}"
 
 
 def refuse_non_finite(state: State, *, path: str) -> State:
@@ -165,48 +176,6 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     comparable = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # 8-bit numbers cannot be compared
     return all(bool(value.isfinite()) for value in comparable.aminmax())
-
-
-def _fit(model: nn.Module, own: Mapping[str, Tensor], state: State) -> tuple[State, dict[str, str]]:
-    """Resize positions and the first kernel where only their size differs; say what was resized."""
-    fitted, resized = dict(state), {}
-    for name in (*_KERNELS, "pos_embed"):
-        if name not in own or name not in state or own[name].shape == state[name].shape:
-            continue
-        want = own[name].shape
-        result = (
-            _fit_positions(model, want, state[name]) if name == "pos_embed" else _fit_kernel(name, want, state[name])
-        )
-        if result:
-            fitted[name], resized[name] = result
-    return fitted, resized
-
-
-def _fit_positions(model: nn.Module, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
-    have = stored.shape
-    side, wanted = math.isqrt(have[1] - 1), math.isqrt(want[1] - 1)
-    if have[2] != want[2] or side**2 != have[1] - 1:
-        return None  # a mismatch that has its own sentence
-    resize = functools.partial(
-        resize_positions, side=wanted, offset=model.interpolate_offset, antialias=model.interpolate_antialias
-    )
-    return stored.map(want, resize), f"{side}x{side} -> {wanted}x{wanted} patches"
-
-
-def _fit_kernel(name: str, want: torch.Size, stored: StoredTensor) -> tuple[StoredTensor, str] | None:
-    have = stored.shape
-    if len(have) != 4 or have[0] != want[0] or have[2] != have[3]:
-        return None
-    changes = []
-    if have[1] != want[1]:
-        changes.append(f"{have[1]} -> {want[1]} channels")
-        stored = stored.map((have[0], want[1], *have[2:]), functools.partial(adapt_in_chans, in_chans=want[1]))
-    if have[2:] != want[2:]:
-        if name != "patch_embed.proj.weight":
-            return None
-        changes.append(f"patches of {have[2]} -> {want[2]} px")
-        stored = stored.map(want, functools.partial(resize_patch_embed, patch_size=want[2]))
-    return stored, ", ".join(changes)
 
 
 def _report(

@@ -140,6 +140,17 @@ def test_what_a_meta_model_lacks_is_initialised_the_same_each_time(tmp_path):
     assert not any(tensor.isnan().any() for tensor in first.state_dict().values())
 
 
+def test_heads_that_a_config_states_must_be_the_models():
+    state = {name: StoredTensor.of(tensor) for name, tensor in backbone().state_dict().items()}
+    for config in ({"num_attention_heads": 4}, {"architecture": "vit", "model_args": {"num_heads": 4}}):
+        with pytest.raises(CheckpointError) as caught:
+            plan_weights(on_meta(), WeightsFile("folder", "Hugging Face folder", {"": state}, config=config))
+        assert str(caught.value) == (
+            "folder: its config states 4 attention heads but the model has 2; set student.num_heads=4"
+        )
+    plan_weights(on_meta(), WeightsFile("folder", "Hugging Face folder", {"": state}, config={"model_args": None}))
+
+
 def test_planning_reads_no_tensor():
     def refuse():
         raise AssertionError("only the plan is wanted")
