@@ -4,7 +4,7 @@ from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import MaskedCollate
 from dinov2.data.loaders import make_data_loader, make_dataset
 from dinov2.data.masking import MaskingGenerator, MaskPlan
-from dinov2.data.samplers import SamplerType, make_sampler
+from dinov2.data.samplers import SamplerType, make_sampler, make_stream, pass_size
 from dinov2.data.transforms import make_classification_eval_transform
 
 __all__ = [
@@ -17,4 +17,6 @@ __all__ = [
     "make_data_loader",
     "make_dataset",
     "make_sampler",
+    "make_stream",
+    "pass_size",
 ]

@@ -17,7 +17,7 @@ from dinov2.data.collate import MaskedCollate
 from dinov2.data.datasets.decoders import MAX_IMAGE_PIXELS
 from dinov2.data.masking import MaskingGenerator, MaskPlan
 from dinov2.data.registry import build_dataset
-from dinov2.data.samplers import RankBatchSampler, SamplerType, make_sampler
+from dinov2.data.samplers import RankBatchSampler, SamplerType, make_stream
 from dinov2.data.samples import Sample, TrainingSamples
 from dinov2.errors import DatasetError, Dinov2Error
 
@@ -34,7 +34,8 @@ def make_dataset(
 
     Args:
         dataset_str: `Name:key=value:...`, e.g. `ImageFolder:root=photos`; the name is a registered one or
-            package.module.Class.
+            package.module.Class. Several such parts may be joined by a plus, with weights or without:
+            `0.7*A:...+0.3*B:...`.
         channels: of the images; 3 converts to RGB, 1 to grey.
         cache_dir: folder where a dataset may keep what it found out about its files.
         max_image_pixels: larger images are refused; None: no limit.
@@ -103,7 +104,7 @@ def make_data_loader(
         batch_size: images of one rank in one batch.
         patch_size: side of a patch, px, for the masks.
         num_workers: processes; 0: everything in this one.
-        sampler: see `make_sampler`.
+        sampler: see `make_sampler` and `make_stream`.
         seed: train.seed.
         start_position: samples that all ranks together have read before.
         rank: 0 .. world_size - 1.
@@ -118,7 +119,7 @@ def make_data_loader(
         ConfigError: the dataset holds fewer images than one global batch.
     """
     global_batch_size = batch_size * world_size * accumulation_steps
-    stream = make_sampler(sampler, dataset_size=len(dataset), seed=seed, global_batch_size=global_batch_size)
+    stream = make_stream(dataset, sampler, seed=seed, global_batch_size=global_batch_size)
     patches_per_side = augmentation.global_crops_size // patch_size
     collate = MaskedCollate(
         augmentation,

@@ -4,20 +4,26 @@ The keys of a dataset are the keyword arguments of its class, converted as annot
 these or None.
 """
 
-import difflib
 import importlib
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from dinov2.data.dataset_strings import parse_dataset_str
+from dinov2.data.dataset_strings import DatasetString, parse_dataset_str
+from dinov2.data.datasets.mixed import MixedDataset
+from dinov2.data.names import nearest
 from dinov2.errors import ConfigError
 
 _GROUP = "dinov2.datasets"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class UnknownDatasetError(ConfigError):
+    """No dataset is registered under a name."""
 
 
 def known_datasets() -> list[str]:
@@ -26,37 +32,44 @@ def known_datasets() -> list[str]:
 
 
 def build_dataset(dataset_str: str, settings: Mapping[str, Any]) -> Any:
-    """Find the class that a dataset string names and call it.
+    """Find the classes that a dataset string names and call them.
 
     Args:
-        dataset_str: `Name:key=value:...`.
+        dataset_str: `Name:key=value:...`, or several such parts; see `parse_dataset_str`.
         settings: arguments that come from the config rather than from the string; a class gets those that its
             constructor names.
+
+    Returns:
+        The dataset, a `MixedDataset` if the string has several parts.
 
     Raises:
         ConfigError: the name or a key is unknown, a key is missing, or a value has the wrong type.
     """
-    parsed = parse_dataset_str(dataset_str)
-    factory = _find(parsed.name)
+    parts = parse_dataset_str(dataset_str)
+    if len(parts) == 1:
+        return _prepare(parts[0], settings)()
+    try:
+        builders = [_prepare(part, settings) for part in parts]
+    except UnknownDatasetError as error:
+        raise ConfigError(f"{error}; a value that holds a plus stands in single quotes") from error
+    weights = None if parts[0].weight is None else [part.weight or 0.0 for part in parts]
+    return MixedDataset([build() for build in builders], [part.text for part in parts], weights=weights)
+
+
+def _prepare(part: DatasetString, settings: Mapping[str, Any]) -> Callable[[], Any]:
+    """Find the class of one part and check its keys; what is returned builds the dataset."""
+    factory = _find(part.name)
     parameters = _parameters(factory)
     keys = [name for name in parameters if name not in settings]
     arguments = {name: value for name, value in settings.items() if name in parameters}
-    for key, text in parsed.options.items():
+    for key, text in part.options.items():
         if key not in keys:
-            raise ConfigError(f"dataset {parsed.name} has no key {key!r}{nearest(key, keys)}")
-        arguments[key] = _convert(text, parameters[key].annotation, f"dataset {parsed.name}: {key}={text}")
+            raise ConfigError(f"dataset {part.name} has no key {key!r}{nearest(key, keys)}")
+        arguments[key] = _convert(text, parameters[key].annotation, f"dataset {part.name}: {key}={text}")
     missing = [key for key in keys if key not in arguments and parameters[key].default is parameters[key].empty]
     if missing:
-        raise ConfigError(f"dataset {parsed.name} needs {missing[0]}=...; its keys are {', '.join(keys)}")
-    return factory(**arguments)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Tail of a message about an unknown name: the nearest known one and all of them."""
-    close = difflib.get_close_matches(name.lower(), [item.lower() for item in known], n=1, cutoff=0.5)
-    match = next((item for item in known if close and item.lower() == close[0]), None)
-    guess = f"; did you mean {match}?" if match else ";"
-    return f"{guess} known are {', '.join(known) or 'none'}"
+        raise ConfigError(f"dataset {part.name} needs {missing[0]}=...; its keys are {', '.join(keys)}")
+    return partial(factory, **arguments)
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -66,7 +79,7 @@ def _find(name: str) -> Callable[..., Any]:
     found = [entry for entry in entry_points(group=_GROUP) if entry.name == name]
     if not found:
         known = known_datasets()
-        raise ConfigError(
+        raise UnknownDatasetError(
             f"unknown dataset {name!r}{nearest(name, known)}; a class of your own is named package.module.Class"
         )
     return found[0].load()

@@ -4,7 +4,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from dinov2.data.samplers import RankBatchSampler, SamplerType, make_sampler
+from dinov2.data.datasets.mixed import MixedDataset
+from dinov2.data.samplers import RankBatchSampler, SamplerType, make_sampler, make_stream, pass_size
 from dinov2.errors import ConfigError
 
 KINDS = ("epoch", "infinite", "sharded_infinite")
@@ -80,3 +81,102 @@ def test_a_dataset_smaller_than_the_global_batch_is_a_config_error():
         "the dataset holds 100 images, fewer than the 256 of one global batch; "
         "lower train.batch_size_per_gpu or train.global_batch_size"
     )
+
+
+class Grouped:
+    """Images in groups, of which a pass draws one image each."""
+
+    def __init__(self, groups):
+        self.groups = np.array(groups)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def pass_groups(self):
+        return self.groups
+
+
+def drawn(dataset, count, *, kind="sharded_infinite", first=0, seed=0, global_batch_size=1):
+    stream = make_stream(dataset, kind, seed=seed, global_batch_size=global_batch_size)
+    return [stream.index_at(position) for position in range(first, first + count)]
+
+
+GROUPS = [7, 3, 7, 7, 9, 3, 5, 9, 7, 9]  # 4 groups of 4, 2, 3 and 1 images
+
+
+@pytest.mark.parametrize("kind", ["infinite", "sharded_infinite"])
+def test_a_pass_draws_one_image_of_each_group_and_all_images_have_their_turn(kind):
+    dataset = Grouped(GROUPS)
+    assert pass_size(dataset) == 4
+    passes = np.array(drawn(dataset, 4 * 12, kind=kind)).reshape(12, 4)
+    assert all(sorted(dataset.groups[images]) == [3, 5, 7, 9] for images in passes)
+    for group, size in ((7, 4), (3, 2), (9, 3), (5, 1)):
+        turns = np.array([image for images in passes for image in images if dataset.groups[image] == group])
+        for turn in turns.reshape(-1, size):
+            assert len(set(turn.tolist())) == size
+    assert len({tuple(images) for images in passes}) > 6
+
+
+def test_an_epoch_of_groups_drops_some_groups_and_not_always_the_same():
+    passes = np.array(drawn(Grouped(GROUPS), 3 * 20, kind="epoch", global_batch_size=3)).reshape(20, 3)
+    found = [frozenset(np.array(GROUPS)[images].tolist()) for images in passes]
+    assert {len(groups) for groups in found} == {3}
+    assert len(set(found)) > 1
+
+
+def test_too_few_groups_for_a_batch_are_a_config_error():
+    with pytest.raises(ConfigError) as error:
+        make_stream(Grouped(GROUPS), "infinite", seed=0, global_batch_size=5)
+    assert str(error.value) == (
+        "the dataset holds 4 groups with one_per_group=true, fewer than the 5 of one global batch; "
+        "lower train.batch_size_per_gpu or train.global_batch_size"
+    )
+
+
+def mixture(weights):
+    return MixedDataset([range(30), Grouped([0, 0, 1, 1, 1]), range(1000)], ["a", "b", "c"], weights=weights)
+
+
+def test_parts_with_weights_have_their_shares():
+    order = np.array(drawn(mixture([6, 1, 3]), 20_000))
+    part = np.searchsorted([30, 35], order, side="right")
+    assert np.bincount(part).tolist() == [12_000, 2_000, 6_000]
+    assert np.bincount(part[:1000]) == pytest.approx([600, 100, 300], abs=60)
+    first = order[part == 0]
+    assert all(sorted(turn) == list(range(30)) for turn in first.reshape(-1, 30))
+    second = order[part == 1]
+    assert all((pair < 32).sum() == 1 for pair in second.reshape(-1, 2))  # one of each of its groups
+    last = order[part == 2]
+    assert np.bincount(last - 35, minlength=1000).tolist() == [6] * 1000
+
+
+def test_a_mixture_without_weights_draws_each_image_once_a_pass():
+    dataset = mixture(None)
+    assert pass_size(dataset) == 30 + 2 + 1000
+    order = drawn(dataset, pass_size(dataset))
+    assert len(set(order)) == len(order)
+    assert sum(30 <= image < 35 for image in order) == 2
+    plain = MixedDataset([range(30), range(70)], ["a", "b"])
+    assert sorted(drawn(plain, 100)) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    "dataset", [mixture([1, 1, 8]), mixture(None), Grouped(GROUPS)], ids=["shares", "sum", "groups"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_and_mixtures_can_be_read_from_anywhere(dataset, kind):
+    whole = drawn(dataset, 300, kind=kind, first=9_900)
+    for skipped in (1, 100, 207):
+        assert drawn(dataset, 300 - skipped, kind=kind, first=9_900 + skipped) == whole[skipped:]
+    assert drawn(dataset, 300, kind=kind, first=9_900, seed=1) != whole
+
+
+def test_a_share_too_small_to_be_drawn_is_a_config_error():
+    with pytest.raises(ConfigError) as error:
+        make_stream(mixture([1, 1e-5, 1]), "infinite", seed=0, global_batch_size=1)
+    assert str(error.value) == (
+        "part 2 of the mixture of datasets has a share of 4.99998e-06, too small to be drawn at all; "
+        "give it at least 0.0001"
+    )
+    with pytest.raises(ConfigError, match="the dataset holds 1032 images, fewer than the 2000 of one global batch"):
+        make_stream(mixture([1, 1, 1]), "infinite", seed=0, global_batch_size=2000)

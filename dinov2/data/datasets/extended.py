@@ -102,6 +102,21 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
         """Number of the group of each image, int64, any numbers; None if the dataset knows no groups."""
         return None
 
+    def pass_groups(self) -> np.ndarray | None:
+        """Group of each image, of which a pass over the data draws one image each; None: a pass draws every image.
+
+        Raises:
+            ConfigError: one image per group is wanted, but the dataset knows no groups.
+        """
+        if not self.one_per_group:
+            return None
+        groups = self.groups()
+        if groups is None:
+            raise ConfigError(
+                f"dataset {type(self).__name__}: one_per_group=true needs groups, and there are none; set split_by"
+            )
+        return groups
+
     def columns(self) -> dict[str, Callable[[], np.ndarray]]:
         """What computes each column of `metadata`; a subclass adds its own, such as group, plate or well."""
         columns: dict[str, Callable[[], np.ndarray]] = {

@@ -15,7 +15,7 @@ import numpy as np
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.folder_scan import EXTENSIONS, scan_images
 from dinov2.data.index import Index, Strings, counted, stored_index
-from dinov2.data.registry import nearest
+from dinov2.data.names import nearest
 from dinov2.errors import ConfigError, DatasetError
 
 _NUM_PROBES = 100  # images tried, at most, before a folder counts as unreadable
