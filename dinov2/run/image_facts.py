@@ -4,9 +4,9 @@ Images are decoded whole, but for huge ones that can be read in parts, of which 
 Shapes: C channels, H rows, W columns.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -177,9 +177,9 @@ def run_in_workers(
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )
-    batches = iterate_and_end_workers(loader, batch_size_key="the memory that other programs use")
-    yield from (next(batches) for _ in track(starts, description=description))
-    batches.close()
+    with closing(iterate_and_end_workers(loader, batch_size_key="data.max_image_pixels")) as batches:
+        for _ in track(starts, description=description):
+            yield next(batches)
 
 
 class _Batches:
@@ -288,8 +288,3 @@ def _bands(image: Any) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 
 def _band_rows(num_channels: int, width: int) -> int:
     return max(1, _BAND_VALUES // (num_channels * width))
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
