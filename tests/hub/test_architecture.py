@@ -92,8 +92,8 @@ def test_what_is_no_backbone_is_said():
     with pytest.raises(CheckpointError) as caught:
         describe_architecture({"fc.weight": torch.ones(2, 2)})
     assert str(caught.value) == (
-        "is not a whole backbone, it has no cls_token (vision transformer) and no conv1.weight with layer1.0.conv1.weight "
-        "(ResNet); its first tensor is fc.weight"
+        "is not a whole backbone, it has no cls_token (vision transformer) and no conv1.weight with "
+        "layer1.0.conv1.weight (ResNet); its first tensor is fc.weight"
     )
     state = {"conv1.weight": torch.ones(64, 3, 7, 7)} | {
         f"layer{stage}.0.conv1.weight": torch.ones(1) for stage in (1, 2, 3, 4)
