@@ -118,7 +118,7 @@ class BBBC021(ExtendedVisionDataset):
         self._scaling = scaling
         self._percentiles = (low_pct, high_pct)
         folder = os.path.expanduser(root)
-        self.root = os.path.join(folder, images)
+        self.root = os.path.join(folder, images) if images else folder
         by_channel = {"DAPI": dapi_col, "Tubulin": tubulin_col, "Actin": actin_col}
         names = self.channel_names if path_col is None else ("image",)
         self._file_channels = None if path_col is None else _channels("file_channels", file_channels)
@@ -153,7 +153,7 @@ class BBBC021(ExtendedVisionDataset):
         self._files = table.files
         labels = table.columns.get(target, pd.Series([""] * len(table)))
         self._class_names = sorted(set(labels) - {""})
-        self._targets = pd.Categorical(labels, categories=self._class_names).codes.astype(np.int64)
+        self._targets = pd.Index(self._class_names, dtype=str).get_indexer(labels).astype(np.int64)
         self._windows, self._window_of = self._find_windows(table, sample_size)
         keys = _group_keys(table, self.split_by, required=self.split != "all")
         self._group_keys = None if keys is None else pd.Categorical(keys)
@@ -310,7 +310,7 @@ def _choose_rows(table: ImageTable, *, target: str, labelled_only: bool, control
         table.require(target, needed_by=f"target={target}")
     if controls != "keep":
         key = f"controls={controls}"
-        is_control = table.require("compound", needed_by=key) == CONTROL
+        is_control = table.require("compound", needed_by=key).str.upper() == CONTROL
         table = table.rows(is_control == (controls == "only"), what=key)
     return table.rows(table.columns[target] != "", what="labelled_only=true") if labelled_only else table
 

@@ -32,6 +32,7 @@ COLUMNS = {
 _WEEK = r"(?i)week_?(\d+)"
 _SITE = r"(?i)_s(\d+)(?:_|\.|$)"
 _HINT = "; dapi_col=, tubulin_col=, actin_col= or path_col= names it"
+_BETWEEN = "\x1f"  # compound and concentration in a key
 _SHOWN = 3  # treatments named in a sentence
 
 
@@ -171,18 +172,18 @@ def _as_text(numbers: pd.Series) -> pd.Series:
 
 def _join_moa(table: CsvTable, columns: Mapping[str, pd.Series], moa: CsvTable) -> pd.Series:
     """Look up the MOA of each image by compound and concentration; "" where the MOA table has none."""
-    treatments = moa.column("compound") + "\0" + _as_text(moa.numbers("concentration"))
+    treatments = moa.column("compound") + _BETWEEN + _as_text(moa.numbers("concentration"))
     names = moa.column("moa")
     first = names.groupby(treatments).transform("first")
     if (first != names).any():
         row = int(np.flatnonzero(first != names)[0])
-        treatment = treatments.iloc[row].replace("\0", " ")
+        treatment = treatments.iloc[row].replace(_BETWEEN, " ")
         raise DatasetError(
             f"{moa.where(row)}: the MOA of {treatment} is {names.iloc[row]!r}, but {first.iloc[row]!r} further up; "
             "keep one of them"
         )
     known = pd.Series(names.to_numpy(), index=treatments).groupby(level=0).first()
-    wanted = columns["compound"] + "\0" + columns["concentration"]
+    wanted = columns["compound"] + _BETWEEN + columns["concentration"]
     joined = wanted.map(known).fillna("")
     if (joined == "").all():
         raise DatasetError(
@@ -194,7 +195,7 @@ def _join_moa(table: CsvTable, columns: Mapping[str, pd.Series], moa: CsvTable) 
 
 def _shown(treatments: pd.Series) -> str:
     unique = treatments.unique()
-    names = ", ".join(name.replace("\0", " ").strip() for name in unique[:_SHOWN])
+    names = ", ".join(name.replace(_BETWEEN, " ").strip() for name in unique[:_SHOWN])
     return names + (", ..." if len(unique) > _SHOWN else "")
 
 
@@ -227,10 +228,11 @@ def _require_unique(table: CsvTable, paths: pd.Series, *, file_col: str) -> None
     """Refuse two rows with the same file."""
     again = np.flatnonzero(paths.duplicated().to_numpy())
     if len(again):
-        first = int(np.flatnonzero((paths == paths.iloc[again[0]]).to_numpy())[0])
+        path = paths.iloc[again[0]]
+        first = int(np.flatnonzero((paths == path).to_numpy())[0])
         raise DatasetError(
-            f"{table.where(again[0])}: {file_col} names {paths.iloc[again[0]]} again, as {table.where(first)} does; "
-            "an image has one row"
+            f"{table.where(again[0])}: {file_col} names {path} again, as line {table.line(first)} does; an image has "
+            "one row"
         )
 
 
@@ -284,8 +286,9 @@ def _rows_without_files(table: CsvTable, files: Sequence[list[bytes]], *, where:
 
 def _weeks(columns: Mapping[str, pd.Series], paths: pd.Series) -> pd.Series:
     """Name the week of each image, the batch it was made in, after its plate or its path; "" if neither tells."""
-    week = columns["plate"].str.extract(_WEEK)[0] if "plate" in columns else pd.Series(None, index=paths.index)
-    week = week.fillna(paths.str.extract(_WEEK)[0])
+    week = paths.str.extract(_WEEK)[0]
+    if "plate" in columns:
+        week = columns["plate"].str.extract(_WEEK)[0].fillna(week)
     return ("Week" + week).fillna("")
 
 

@@ -75,7 +75,11 @@ class CsvTable:
 
     def where(self, row: int) -> str:
         """Name file and line of a row, counted from 0."""
-        return f"{self.path}, line {self._lines[row]}"
+        return f"{self.path}, line {self.line(row)}"
+
+    def line(self, row: int) -> int:
+        """Line of a row in the file, counted from 1; the rows, from 0."""
+        return int(self._lines[row])
 
 
 def _read(path: str) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def make_bbbc021(
         sites: fields of view of a well.
         size: width and height, px.
         nesting: where the images are: week, Week1/Week1_22123; plate, Week1_22123; archive, as the archives unpack.
-        writes_images: false: the tables alone.
+        writes_images: false: empty files in their place.
 
     Returns:
         The table of images.
@@ -84,9 +84,10 @@ def make_bbbc021(
                     channel: f"{stem}_{wave}{str(uuid.UUID(bytes=rng.bytes(16))).upper()}.tif"
                     for channel, wave in CHANNEL_FILES.items()
                 }
-                if writes_images:
-                    planes = draw_cells(LOOKS[moa or "DMSO"], rng=rng, size=size)
-                    for channel, name in names.items():
+                planes = draw_cells(LOOKS[moa or "DMSO"], rng=rng, size=size) if writes_images else {}
+                for channel, name in names.items():
+                    (root / folder / name).touch()
+                    if writes_images:
                         tifffile.imwrite(root / folder / name, planes[channel], photometric="minisblack")
                 row = {"TableNumber": table, "ImageNumber": len(rows) + 1}
                 for channel, name in names.items():
