@@ -120,13 +120,13 @@ def make_data_loader(
     """
     global_batch_size = batch_size * world_size * accumulation_steps
     stream = make_stream(dataset, sampler, seed=seed, global_batch_size=global_batch_size)
-    patches_per_side = augmentation.global_crops_size // patch_size
-    collate = MaskedCollate(
+    collate = make_collate(
         augmentation,
-        mask_generator=MaskingGenerator(patches_per_side, max_num_patches=max(1, patches_per_side**2 // 2)),
-        mask_plan=MaskPlan(
-            seed, global_batch_size, probability=mask_sample_probability, ratio_min_max=mask_ratio_min_max
-        ),
+        patch_size=patch_size,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        mask_sample_probability=mask_sample_probability,
+        mask_ratio_min_max=mask_ratio_min_max,
     )
     samples = TrainingSamples(dataset, augmentation, seed=seed, on_bad_image=on_bad_image)
     batches = DataLoader(
@@ -141,6 +141,26 @@ def make_data_loader(
         generator=torch.Generator(),  # or the loader would draw its workers' base seed from torch's global one
     )
     return TrainingLoader(batches)
+
+
+def make_collate(
+    augmentation: DataAugmentationDINO,
+    *,
+    patch_size: int,
+    seed: int,
+    global_batch_size: int,
+    mask_sample_probability: float,
+    mask_ratio_min_max: tuple[float, float],
+) -> MaskedCollate:
+    """Make what turns samples into the batches of training; see `make_data_loader` for the arguments."""
+    patches_per_side = augmentation.global_crops_size // patch_size
+    return MaskedCollate(
+        augmentation,
+        mask_generator=MaskingGenerator(patches_per_side, max_num_patches=max(1, patches_per_side**2 // 2)),
+        mask_plan=MaskPlan(
+            seed, global_batch_size, probability=mask_sample_probability, ratio_min_max=mask_ratio_min_max
+        ),
+    )
 
 
 def iterate_and_end_workers(loader: DataLoader[Any], *, batch_size_key: str) -> Generator[Any, None, None]:
