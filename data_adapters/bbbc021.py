@@ -235,7 +235,7 @@ class BBBC021(ExtendedVisionDataset):
         if "concentration" in self._texts:
             columns["concentration"] = lambda: pd.to_numeric(np.asarray(self._texts["concentration"], dtype=str))
         if "compound" in self._texts:
-            columns["control"] = lambda: np.asarray(self._texts["compound"]) == CONTROL
+            columns["control"] = lambda: np.char.upper(np.asarray(self._texts["compound"], dtype=str)) == CONTROL
         if self._group_keys is not None:
             columns["group"] = partial(np.asarray, self._group_keys, dtype=str)
         return columns
