@@ -62,11 +62,12 @@ def make_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Call
             f"ibot.head_n_prototypes={args.prototypes}",
         ],
     )
-    model = SSLMetaArch(cfg)
-    model.init_weights(seed=0)
+    with torch.device("meta"):
+        model = SSLMetaArch(cfg)
     model.prepare_for_distributed_training(
         device, strategy="NO_SHARD", param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32
     )
+    model.init_weights(seed=0)
     optimizer = build_optimizer(cfg, model)
     apply_schedules(optimizer, VALUES)
     batch = make_batch(args.batch_size, device=device)

@@ -15,7 +15,6 @@ from dinov2.distributed import Environment
 from dinov2.errors import ConfigError
 from dinov2.eval.build import DTYPES, compute_dtype
 from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
-from dinov2.hub.weights import load_backbone_weights
 from dinov2.logging import MetricLogger
 from dinov2.train.batches import DeviceBatches
 from dinov2.train.param_groups import param_groups
@@ -170,12 +169,9 @@ def build_augmentation(cfg: Config) -> DataAugmentationDINO:
 
 
 def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
-    """Build student and teacher, initialise them equally on all ranks, load pretrained weights, and shard."""
-    model = SSLMetaArch(cfg)
-    model.init_weights(cfg.train.seed)
-    if cfg.student.pretrained_weights:
-        load_backbone_weights(model.student["backbone"], cfg.student.pretrained_weights)
-        model.copy_student_to_teacher()
+    """Build student and teacher, sharded, with memory on the device but without values; `resume` fills them."""
+    with torch.device("meta"):
+        model = SSLMetaArch(cfg)
     precision = cfg.compute_precision
     model.prepare_for_distributed_training(
         device,

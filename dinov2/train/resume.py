@@ -2,15 +2,17 @@
 
 import logging
 from dataclasses import dataclass
-
-from torch import Tensor
+from pathlib import Path
 
 from dinov2.checkpoint_format import is_checkpoint_path
 from dinov2.configs import Config
-from dinov2.distributed import on_every_rank
+from dinov2.configs.student_section import StudentConfig
+from dinov2.distributed import on_main_first
 from dinov2.errors import CheckpointError
-from dinov2.fsdp import FSDPCheckpointer, load_full_state_dict
-from dinov2.hub.open_weights import open_weights
+from dinov2.fsdp import FSDPCheckpointer
+from dinov2.hub.open_checkpoint import require_own_checkpoint
+from dinov2.hub.stored_tensor import State
+from dinov2.hub.weights import plan_head, plan_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2.train")
@@ -25,11 +27,12 @@ class Start:
 
 
 def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> Start:
-    """Load, in this order: the folder's newest complete checkpoint, `train.resume_path`, `MODEL.WEIGHTS`.
+    """Fill the model from the first of these: the folder's newest complete checkpoint, `train.resume_path`,
+    `MODEL.WEIGHTS`, `student.pretrained_weights`, random numbers; what is overruled is not read.
 
-    The first two restore the whole state. `MODEL.WEIGHTS` gives the weights only: of a checkpoint, or a teacher file,
-    which student and teacher both start from. What `student.pretrained_weights` names was loaded when the model was
-    built, and is overruled by all three.
+    The first two restore the whole state. `MODEL.WEIGHTS` gives the weights of all networks: of a checkpoint, or of a
+    teacher file, from which student and teacher both start. `student.pretrained_weights` gives the backbone to both,
+    and those heads that the file has and that fit.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit.
@@ -37,13 +40,20 @@ def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> S
     if cfg.train.resume and checkpointer.has_checkpoint():
         return _start_after(checkpointer.resume_or_load(""))
     if cfg.train.resume_path:
+        on_main_first(require_own_checkpoint, Path(cfg.train.resume_path))
         return _start_after(checkpointer.load(cfg.train.resume_path))
-    if cfg.MODEL.WEIGHTS:
-        if is_checkpoint_path(cfg.MODEL.WEIGHTS):
-            checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-        else:
-            _load_teacher_file(cfg.MODEL.WEIGHTS, model)
-        logger.info("weights=%s iteration=0", cfg.MODEL.WEIGHTS)
+    weights = cfg.MODEL.WEIGHTS
+    if weights and is_checkpoint_path(weights):
+        on_main_first(require_own_checkpoint, Path(weights))
+        checkpointer.load(weights, checkpointables=[])
+        logger.info("weights=%s iteration=0", weights)
+        return Start()
+    given: dict[str, State] = {}
+    if weights:
+        on_main_first(lambda: given.update(_all_networks(model, weights)))
+    elif cfg.student.pretrained_weights:
+        on_main_first(lambda: given.update(_backbone_and_fitting_heads(model, cfg.student)))
+    model.init_weights(cfg.train.seed, given=given)
     return Start()
 
 
@@ -60,20 +70,31 @@ def _start_after(saved: dict) -> Start:
     return Start(step=saved["iteration"] + 1, samples_seen=saved["samples_seen"])
 
 
-def _load_teacher_file(path: str, model: SSLMetaArch) -> None:
-    state = on_every_rank(lambda: _read_teacher_file(path))
-    try:
-        for networks in (model.student, model.teacher):
-            load_full_state_dict(networks, state)
-    except CheckpointError as error:
-        raise CheckpointError(f"MODEL.WEIGHTS={path}: {error}") from error
+def _backbone_and_fitting_heads(model: SSLMetaArch, student: StudentConfig) -> dict[str, State]:
+    """Plan `student.pretrained_weights`."""
+    given, unfit = _plan(model, student.pretrained_weights, allow_partial=student.allow_partial_weights)
+    for name, reason in unfit.items():
+        logger.info("%s starts from random numbers: %s", name, reason)
+    return given
 
 
-def _read_teacher_file(path: str) -> dict[str, Tensor]:
-    state = open_weights(path).states.get("teacher")
-    if state is None:
+def _all_networks(model: SSLMetaArch, weights: str) -> dict[str, State]:
+    """Plan `MODEL.WEIGHTS`, which must have the backbone and all heads."""
+    given, unfit = _plan(model, weights)
+    for name, reason in unfit.items():
         raise CheckpointError(
-            f"MODEL.WEIGHTS={path}: has no 'teacher' with tensors of backbone and heads; "
-            f"use student.pretrained_weights for a file that holds a backbone only"
+            f"MODEL.WEIGHTS={weights}: {name} cannot be loaded, {reason}; "
+            f"use student.pretrained_weights to start from the backbone"
         )
-    return {name: stored.read() for name, stored in state.items()}
+    return given
+
+
+def _plan(model: SSLMetaArch, weights: str, *, allow_partial: bool = False) -> tuple[dict[str, State], dict[str, str]]:
+    """Return tensors for the student's modules by name, and for heads that stay as they are, the reason."""
+    plan = plan_weights(model.student["backbone"], weights, allow_partial=allow_partial)
+    logger.info("%s", plan.report)
+    given, unfit = {"backbone": plan.state}, {}
+    for name in [name for name in model.student if name != "backbone"]:
+        fit = plan_head(model.student[name], plan.heads[name]) if name in plan.heads else "the file has none"
+        (unfit if isinstance(fit, str) else given)[name] = fit
+    return given, unfit

@@ -5,16 +5,19 @@ Source: Oquab et al. 2023, arXiv:2304.07193, and Siméoni et al. 2025, arXiv:250
 parents' `SSLMetaArch`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config
 from dinov2.configs.model_sections import HeadConfig
+from dinov2.distributed import is_main_process
 from dinov2.eval.build import build_backbone
-from dinov2.fsdp import local_tensor_pairs, shard
+from dinov2.fsdp import copy_local_state, load_full_state_dict, local_tensor_pairs, shard
+from dinov2.hub.stored_tensor import State, StoredTensor
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
@@ -51,7 +54,8 @@ class SSLMetaArch(nn.Module):
         self.num_local_crops = cfg.crops.local_crops_number
         self.autocast_dtype = torch.float32
 
-        self.student, self.teacher = _networks(cfg), _networks(cfg, of_teacher=True)
+        self._build_networks = partial(_networks, cfg)
+        self.student, self.teacher = self._build_networks(), self._build_networks(of_teacher=True)
         self.teacher.requires_grad_(False)
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
@@ -63,19 +67,6 @@ class SSLMetaArch(nn.Module):
         )
         self.train()
 
-    def init_weights(self, seed: int) -> None:
-        """Draw the student's weights from a generator of their own and start the teacher as its copy."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.student.values():
-            module.init_weights(generator=generator)
-        self.dino_loss.init_weights()
-        self.ibot_patch_loss.init_weights()
-        self.copy_student_to_teacher()
-
-    def copy_student_to_teacher(self) -> None:
-        """Make the teacher equal to the student; before sharding only."""
-        self.teacher.load_state_dict(self.student.state_dict())
-
     def prepare_for_distributed_training(
         self,
         device: torch.device,
@@ -85,8 +76,11 @@ class SSLMetaArch(nn.Module):
         reduce_dtype: torch.dtype,
         hybrid_shard_size: int | None = None,
     ) -> None:
-        """Move everything to the device and shard student and teacher, module by module."""
-        self.to(device)
+        """Shard student and teacher, module by module, and make their memory on the device; values come afterwards.
+
+        The model must have been built on the meta device, so that no rank ever holds a whole network.
+        """
+        assert all(param.is_meta for param in self.parameters()), "values set before sharding would be lost"
         self.autocast_dtype = param_dtype
         for networks in (self.student, self.teacher):
             for module in networks.values():
@@ -97,6 +91,30 @@ class SSLMetaArch(nn.Module):
                     reduce_dtype=reduce_dtype,
                     hybrid_shard_size=hybrid_shard_size,
                 )
+        self.to_empty(device=device)
+
+    def init_weights(self, seed: int, *, given: Mapping[str, State] | None = None) -> None:
+        """Fill student and teacher equally, sharded or not; all ranks call it, rank 0 draws and reads for all.
+
+        Args:
+            seed: of a generator of their own, from which weights are drawn, module by module.
+            given: for modules of the student, e.g. `backbone`, tensors to be used instead; rank 0's count. A module
+                that is given whole is not drawn.
+
+        Raises:
+            CheckpointError: a given tensor cannot be read, on all ranks together.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        networks: Mapping[str, nn.Module] = {}
+        if is_main_process():
+            with torch.device("meta"):
+                networks = self._build_networks()
+        for name, module in self.student.items():
+            state = _whole_state(networks[name], (given or {}).get(name, {}), generator) if networks else None
+            load_full_state_dict(module, state, read=lambda stored: stored.read())
+        copy_local_state(self.teacher, self.student)
+        self.dino_loss.init_weights()
+        self.ibot_patch_loss.init_weights()
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """Set the student's mode; the teacher stays in evaluation mode."""
@@ -249,6 +267,15 @@ def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
     if cfg.ibot.separate_head and cfg.ibot.loss_weight > 0:
         networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
     return networks
+
+
+def _whole_state(module: nn.Module, given: State, generator: torch.Generator) -> State:
+    """Complete the given tensors of a module, which is on the meta device, by drawn ones."""
+    if given.keys() >= module.state_dict().keys():
+        return given
+    module.to_empty(device="cpu")
+    module.init_weights(generator=generator)
+    return {name: StoredTensor.of(tensor) for name, tensor in module.state_dict().items()} | given
 
 
 def _head(in_dim: int, section: HeadConfig) -> DINOHead:

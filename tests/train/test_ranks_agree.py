@@ -3,13 +3,14 @@
 import pytest
 import torch
 from support.dist import run_distributed
-from support.meta_arch import random_batch, tiny_arch, tiny_config
+from support.meta_arch import random_batch, tiny_config
 
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import full_state_dict
 from dinov2.train.build import build_optimizer
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.schedules import StepValues
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update import clip_gradients
 
 STEPS = 3
@@ -42,10 +43,12 @@ def part_of(batch: dict, rank: int, world_size: int) -> dict:
 def train_some_steps(strategy: str, overrides: list[str]) -> dict:
     # With the usual LayerScale of 1e-5, class tokens of all images start so close that KoLeo amplifies float noise.
     overrides = [*overrides, "dino.koleo_loss_distributed=true", "student.layerscale=0.5"]
-    model = tiny_arch(overrides)
+    with torch.device("meta"):
+        model = SSLMetaArch(tiny_config(overrides))
     model.prepare_for_distributed_training(
         torch.device("cpu"), strategy=strategy, param_dtype=torch.float32, reduce_dtype=torch.float32
     )
+    model.init_weights(0)
     optimizer = build_optimizer(tiny_config(overrides), model)
     losses, norms = [], []
     for step in range(STEPS):

@@ -81,17 +81,39 @@ def test_model_weights_as_checkpoint(tmp_path, other):
     assert not is_equal(network(saved, "student"), network(saved, "teacher"))
 
 
-def test_pretrained_weights_reach_student_and_teacher_and_leave_the_heads_random(tmp_path, teacher_file):
-    assert train(tmp_path / "loaded", f"student.pretrained_weights={teacher_file}", "train.max_steps=1", *STILL) == 0
-    assert train(tmp_path / "random", "train.max_steps=1", *STILL) == 0
-    loaded, random = state_of(tmp_path / "loaded", 0), state_of(tmp_path / "random", 0)
-    given = torch.load(teacher_file, weights_only=True)["teacher"]
-    expected = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
-    for name in ("student", "teacher"):
-        assert_equal(network(loaded, name), expected)
-        assert_equal(network(loaded, name, "dino_head"), network(random, name, "dino_head"))
-        assert_equal(network(random, name), network(random, "student"))
-        assert not is_equal(network(random, name), expected)
+def test_pretrained_weights_reach_backbones_and_heads_of_student_and_teacher(tmp_path, other, teacher_file):
+    assert train(tmp_path, f"student.pretrained_weights={teacher_file}", "train.max_steps=1", *STILL) == 0
+    for part in ("backbone", "dino_head"):
+        for name in ("student", "teacher"):
+            given = network(state_of(other, 3), "teacher", part)
+            assert_equal(network(state_of(tmp_path, 0), name, part), given)
+
+
+def test_heads_that_the_file_lacks_or_that_do_not_fit_are_drawn(tmp_path, other, teacher_file, capsys):
+    backbone_file = tmp_path / "backbone.pth"
+    torch.save(network(state_of(other, 3), "teacher"), backbone_file)
+    more = "dino.head_n_prototypes=40"
+    heads = {}
+    for name, options in {
+        "backbone": [f"student.pretrained_weights={backbone_file}", more],
+        "unfit": [f"student.pretrained_weights={teacher_file}", more],
+    }.items():
+        assert train(tmp_path / name, *options, "train.max_steps=1", *STILL) == 0
+        state = state_of(tmp_path / name, 0)
+        assert_equal(network(state, "student"), network(state_of(other, 3), "teacher"))
+        assert_equal(network(state, "student", "dino_head"), network(state, "teacher", "dino_head"))
+        heads[name] = network(state, "student", "dino_head")
+    assert_equal(heads["backbone"], heads["unfit"])
+    log = capsys.readouterr().err
+    assert "dino_head starts from random numbers: the file has none" in log
+    assert "dino_head starts from random numbers: it has 32 prototypes, the model 40" in log
+
+
+def test_what_a_checkpoint_overrules_is_not_read(tmp_path):
+    assert train(tmp_path, "train.max_steps=1") == 0
+    missing = f"student.pretrained_weights={tmp_path}/gone.pth"
+    assert train(tmp_path, "train.max_steps=2", missing) == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [0, 1]
 
 
 def test_eval_only_evaluates_the_newest_checkpoint_and_writes_nothing_else(tmp_path):
