@@ -30,7 +30,15 @@ EXTRAS = {
         "lightly>=1.5.13",
         "onnx>=1.17",
         "onnxruntime>=1.19",
+        "imagecodecs>=2024.6.1",
+        "mrcfile>=1.5",
+        "h5py>=3.11",
+        "zarr>=3.0",
     ],
+    "tiff": ["imagecodecs>=2024.6.1"],
+    "mrc": ["mrcfile>=1.5"],
+    "hdf5": ["h5py>=3.11"],
+    "zarr": ["zarr>=3.0"],
     "xformers": ["xformers>=0.0.32; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.17"],
     "wandb": ["wandb>=0.18"],
@@ -45,8 +53,14 @@ PROGRAMS = [
 DATASETS = [
     "BBBC021 = data_adapters.bbbc021:BBBC021",
     "Digits = data_adapters.digits:Digits",
+    "EMFolder = data_adapters.em_folder:EMFolder",
     "GroupedJSON = data_adapters.grouped_json:GroupedJSON",
+    "Histology = data_adapters.histology:Histology",
     "ImageFolder = data_adapters.image_folder:ImageFolder",
+    "ImageNet = dinov2.data.datasets.image_net:ImageNet",
+    "ImageNet100 = data_adapters.image_net_100:ImageNet100",
+    "ImageNet22k = dinov2.data.datasets.image_net_22k:ImageNet22k",
+    "Imagenette = data_adapters.imagenette:Imagenette",
 ]
 
 readme = Path(__file__).with_name("README.md")

@@ -107,7 +107,8 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         found |= {item.name: item for item in named if item.name != "self" and item.name not in found}
         if not any(item.kind is item.VAR_KEYWORD for item in parameters):
             break
-    return found
+    hidden = getattr(factory, "HIDDEN_KEYS", ())
+    return {name: parameter for name, parameter in found.items() if name not in hidden}
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:

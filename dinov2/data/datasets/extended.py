@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -38,6 +38,8 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
     Raises:
         ConfigError: an argument is out of range.
     """
+
+    HIDDEN_KEYS: ClassVar[tuple[str, ...]] = ()  # arguments that mean nothing to a subclass, and are no keys of it
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ cache folder, so that a million files cost a process next to no memory.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dinov2.data.names import nearest
 from dinov2.errors import ConfigError, DatasetError
 
 _NUM_PROBES = 100  # images tried, at most, before a folder counts as unreadable
+GROUP_KEYS = ("val_fraction", "test_fraction", "split_by", "one_per_group")  # of no use where folders are the splits
 _NUM_SHOWN = 20  # classes offered in a sentence
 
 
@@ -57,11 +58,27 @@ class FolderImages(ExtendedVisionDataset):
             DatasetError: the folder is missing, holds no image that can be read, or lacks a class.
         """
         self.root = os.path.expanduser(root)
-        self._group_of = _grouping(self.split_by, type(self).__name__)
-        self._files = scan_images(
+        files = scan_images(
             self.root, cache_dir=self.cache_dir, folders=folders, exclude=exclude, extensions=extensions
         )
-        paths: Strings = self._files["path"]
+        self.use_files(files, label_level=label_level, classes=classes, split_by_hash=split_by_hash)
+
+    def use_files(
+        self, files: Index, *, label_level: int = 1, classes: Sequence[str] | None = None, split_by_hash: bool = True
+    ) -> None:
+        """Choose and label images that were found; `self.root` is set.
+
+        Args:
+            files: index with a column `path`, `Strings` with slashes between folders.
+            label_level: see `open_folder`, as the others.
+
+        Raises:
+            ConfigError: `split_by` names no kind of group.
+            DatasetError: no image can be read, or a class is missing.
+        """
+        self._group_of = _grouping(self.split_by, type(self).__name__)
+        self.files = files
+        paths: Strings = files["path"]
         split = self.split if split_by_hash else "all"
         fractions = [self.val_fraction, self.test_fraction, self.split_by] if split != "all" else []
         chosen = None if classes is None else sorted(set(classes))
@@ -77,21 +94,25 @@ class FolderImages(ExtendedVisionDataset):
             return _take(table, rows, kept)
 
         self._table = stored_index(
-            None if self._files.path is None else self.cache_dir,
+            None if files.path is None else self.cache_dir,
             name="rows",
-            key=["rows", 1, self._files.digest, label_level, chosen, split, fractions],
+            key=["rows", 1, files.digest, label_level, chosen, split, fractions],
             build=choose,
         )
         self._require_a_readable_image()
 
     def __len__(self) -> int:
-        return len(self._table["row"]) if "row" in self._table else len(self._files["path"])
+        return len(self._table["row"]) if "row" in self._table else len(self.files["path"])
+
+    def row(self, index: int) -> int:
+        """Row of an image in the index of all files."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a dataset of {len(self)} images")
+        return int(self._table["row"][index]) if "row" in self._table else index
 
     def relative_path(self, index: int) -> bytes:
         """Path below the root, in file-system encoding."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of a dataset of {len(self)} images")
-        return self._files["path"][int(self._table["row"][index]) if "row" in self._table else index]
+        return self.files["path"][self.row(index)]
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.relative_path(index)))
@@ -142,6 +163,46 @@ class FolderImages(ExtendedVisionDataset):
             f"folder {self.root}: none of the first {num_probes} of its {len(self)} images can be read; "
             f"the first: {first_error}"
         )
+
+
+def require_folders(dataset: str, root: str, folders: Sequence[str], *, layout: str) -> None:
+    """Check that a root holds the folders of a published data set.
+
+    Args:
+        dataset: its name, for the sentence.
+        root: as in the dataset string.
+        folders: names right below it.
+        layout: what is expected, for the sentence.
+
+    Raises:
+        DatasetError: it is missing or lacks one; names a folder of it that has them.
+    """
+    top = os.path.expanduser(root)
+    missing = [name for name in folders if not os.path.isdir(os.path.join(top, name))]
+    if not missing:
+        return
+    if not os.path.isdir(top):
+        raise DatasetError(f"dataset {dataset}: folder {root} does not exist; expected {layout}")
+    inside = [entry.path for entry in os.scandir(top) if entry.is_dir()]
+    fitting = [path for path in inside if all(os.path.isdir(os.path.join(path, name)) for name in folders)]
+    hint = f"; did you mean root={min(fitting)}?" if fitting else ""
+    raise DatasetError(f"dataset {dataset}: folder {root} has no folder {missing[0]}; expected {layout}{hint}")
+
+
+def unique_titles(names: Sequence[str], titles: Mapping[str, str]) -> list[str]:
+    """Title of each class, its name where there is none; a title that several share has the name added."""
+    found = [titles.get(name, name) for name in names]
+    return [f"{title} ({name})" if found.count(title) > 1 else title for name, title in zip(names, found, strict=True)]
+
+
+def require_split(dataset: str, split: str, known: Sequence[str]) -> None:
+    """Check the name of a split that a published data set has.
+
+    Raises:
+        ConfigError: it has others.
+    """
+    if split.lower() not in known:
+        raise ConfigError(f"dataset {dataset}: split={split} must be one of {', '.join(known)}")
 
 
 def comma_list(text: str | None, setting: str) -> list[str] | None:
