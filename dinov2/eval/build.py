@@ -12,7 +12,7 @@ from dinov2.data import make_classification_eval_transform, make_dataset
 from dinov2.data.augmentations import normalization
 from dinov2.errors import ConfigError
 from dinov2.hub.weights import load_backbone_weights
-from dinov2.models import DinoVisionTransformer, build_model
+from dinov2.models import Backbone, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> 
     return NamedDataset(dataset_str, dataset)
 
 
-def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> DinoVisionTransformer:
+def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> Backbone:
     """Build the backbone that the config describes, initialised; with stochastic depth only where it is asked for."""
     student = cfg.student
     if student.is_resnet:
@@ -107,16 +107,20 @@ def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> DinoVisionTra
     )
 
 
-def load_frozen_backbone(
-    cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device
-) -> DinoVisionTransformer:
-    """Build the backbone with the weights of a file, for features only, on the device.
+def load_frozen_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device) -> Backbone:
+    """Build the backbone with given weights, for features only, on the device.
+
+    Args:
+        weights: a path or name that `dinov2.hub.open_weights` takes.
+        checkpoint_key: network to take where the weights hold several, teacher or student.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
     """
-    model = build_backbone(cfg)
-    load_backbone_weights(model, weights, checkpoint_key=checkpoint_key)
+    with torch.device("meta"):
+        model = build_backbone(cfg)
+    allow_partial = cfg.student.allow_partial_weights
+    load_backbone_weights(model, weights, checkpoint_key=checkpoint_key, allow_partial=allow_partial)
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -17,8 +17,9 @@ class LoadReport:
     converted: tuple[str, ...]  # of those, the ones that were renamed, joined, split or reshaped
     resized: Mapping[str, str]  # of those, the ones fitted to another size: "37x37 -> 16x16 patches"
     missing: tuple[str, ...]  # in the model, not in the file: left at their initial value
-    unused: tuple[str, ...]  # in the file, not part of the backbone
-    num_parameters: Mapping[str, int]  # values by fate: loaded, converted, resized, missing, unused
+    heads: tuple[str, ...]  # projection heads of the file, which training can start from
+    unused: tuple[str, ...]  # in the file, part of neither backbone nor heads
+    num_parameters: Mapping[str, int]  # values by fate: loaded, converted, resized, missing, heads, unused
 
     def __str__(self) -> str:
         """Give counts, and names of what matters, in one line."""
@@ -29,6 +30,7 @@ class LoadReport:
             f"converted={len(self.converted)}{self._details('converted')}",
             f"resized={len(resized)}{self._details('resized', resized)}",
             f"left_at_initial_values={len(self.missing)}{self._details('missing', self.missing)}",
+            f"heads={len(self.heads)}{self._details('heads', self.heads)}",
             f"unused={len(self.unused)}{self._details('unused', self.unused)}",
         ]
         return f"weights={self.path} names={self.naming}{key} {' '.join(fates)}"

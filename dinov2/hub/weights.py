@@ -189,9 +189,8 @@ def _report(
 ) -> LoadReport:
     source = file.states[found_under or ""]
     left_over = [name for name in converted.state if name not in usable]
-    in_heads = {f"{head}.{name}": tensor for head, state in converted.heads.items() for name, tensor in state.items()}
+    in_heads = [tensor for state in converted.heads.values() for tensor in state.values()]
     unused = {name: math.prod(source[name].shape) for name in converted.unused if name in source}
-    unused |= {name: tensor.numel() for name, tensor in in_heads.items()}
     unused |= {name: converted.state[name].numel() for name in left_over}
     fates = {
         "loaded": tuple(usable),
@@ -206,7 +205,9 @@ def _report(
         found_under=found_under,
         resized=resized,
         unused=tuple(unused),
-        num_parameters=counts | {"unused": sum(unused.values())},
+        heads=tuple(converted.heads),
+        num_parameters=counts
+        | {"unused": sum(unused.values()), "heads": sum(tensor.numel() for tensor in in_heads)},
         **fates,
     )
 

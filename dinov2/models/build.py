@@ -7,6 +7,8 @@ from dinov2.models.resnet import RESNETS, ResNet
 from dinov2.models.sizes import SIZES
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
+Backbone = DinoVisionTransformer | ResNet
+
 
 def build_model(
     arch: str,
@@ -16,7 +18,7 @@ def build_model(
     num_heads: int | None = None,
     mlp_ratio: float | None = None,
     **kwargs: Any,
-) -> DinoVisionTransformer | ResNet:
+) -> Backbone:
     """Build a backbone of a named architecture.
 
     Args:

@@ -217,11 +217,11 @@ def _fit_rows(found: Mapping[str, Any]) -> dict[str, str]:
     if load is None:
         return rows | {"fits": f"no: {found['problem'].removeprefix(found['path'] + ': ')}"}
 
-    def row(fate: str, names: Sequence[str] = ()) -> str:
+    def row(fate: str, names: Sequence[str] = (), *, unit: str = "tensor") -> str:
         count = len(load[fate])
         listed = f": {list_names(names)}" if names else ""
         values = format_count(load["num_parameters"][fate])
-        return f"{count} tensor{'s' if count > 1 else ''}, {values} values{listed}" if count else "0"
+        return f"{count} {unit}{'s' if count > 1 else ''}, {values} values{listed}" if count else "0"
 
     resized = [f"{name} ({text})" for name, text in load["resized"].items()]
     return rows | {
@@ -230,5 +230,6 @@ def _fit_rows(found: Mapping[str, Any]) -> dict[str, str]:
         "converted": row("converted"),
         "resized": row("resized", resized),
         "left at initial values": row("missing", load["missing"]),
+        "heads": row("heads", load["heads"], unit="head"),
         "unused": row("unused", load["unused"]),
     }

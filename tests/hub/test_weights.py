@@ -96,7 +96,7 @@ def test_known_layouts_load_whole(tmp_path, layout, settings):
     assert_equal(model.state_dict(), source.state_dict())
     assert (len(report.loaded), report.missing) == (len(source.state_dict()), ())
     assert report.found_under == key and report.naming == ("DINOv3" if settings else "DINOv2")
-    assert report.unused == (("dino_head.last_layer.weight",) if layout == "teacher" else ())
+    assert (report.heads, report.unused) == (("dino_head",) if layout == "teacher" else (), ())
     assert report.num_parameters["loaded"] == sum(tensor.numel() for tensor in source.state_dict().values())
 
 
@@ -197,7 +197,7 @@ def test_mask_token_may_be_missing_and_is_reported(tmp_path):
     num = sum(tensor.numel() for tensor in state.values())
     assert str(report) == (
         f"weights={tmp_path}/w.pth names=DINOv2 loaded={len(state)} ({num / 1e6:.2f} M values) converted=0 resized=0 "
-        "left_at_initial_values=1 (32 values: mask_token) unused=0"
+        "left_at_initial_values=1 (32 values: mask_token) heads=0 unused=0"
     )
 
 
@@ -205,6 +205,7 @@ def test_the_report_names_what_was_changed_and_unused(tmp_path):
     state = prefixed(backbone(img_size=64, in_chans=1).state_dict(), "backbone.")
     state["backbone.blocks.0.ls1.weight"] = state.pop("backbone.blocks.0.ls1.gamma")
     state |= {f"dino_head.mlp.{i}.weight": torch.ones(3) for i in range(8)}
+    state |= {f"dino_loss.extra{i}": torch.ones(1) for i in range(8)}
     report = load_backbone_weights(backbone(1), saved(tmp_path / "w.pth", {"teacher": state}))
     assert report.converted == ("blocks.0.ls1.gamma",)
     assert report.num_parameters | {"loaded": 0} == {
@@ -212,15 +213,14 @@ def test_the_report_names_what_was_changed_and_unused(tmp_path):
         "converted": 32,
         "resized": 17 * 32 + 32 * 3 * 64,
         "missing": 0,
-        "unused": 24,
+        "heads": 24,
+        "unused": 8,
     }
     text = str(report)
     assert " key=teacher loaded=" in text and " converted=1 (32 values) " in text
     assert "resized=2 (6688 values: patch_embed.proj.weight: 1 -> 3 channels, pos_embed: 8x8 -> 4x4 patches)" in text
-    assert text.endswith(
-        "unused=8 (24 values: dino_head.mlp.0.weight, dino_head.mlp.1.weight, dino_head.mlp.2.weight, "
-        "dino_head.mlp.3.weight, dino_head.mlp.4.weight, dino_head.mlp.5.weight, 2 more)"
-    )
+    names = ", ".join(f"dino_loss.extra{i}" for i in range(6))
+    assert text.endswith(f"heads=1 (24 values: dino_head) unused=8 (8 values: {names}, 2 more)")
 
 
 def test_a_missing_tensor_is_refused_and_nothing_is_changed(tmp_path):
@@ -370,7 +370,7 @@ def test_heads_are_planned_and_fit_or_not(tmp_path):
     assert plan_head(other, plan.heads["dino_head"]) == "it has 16 prototypes, the model 99"
     plain = DINOHead(32, 16, weight_norm=False, **sizes)
     assert plan_head(plain, plan.heads["dino_head"]) == "it has weight normalisation, the model has none"
-    assert len(plan.report.unused) == len(source.state_dict())
+    assert (plan.report.heads, plan.report.unused) == (("dino_head",), ())
 
 
 MEASURE = """
