@@ -25,6 +25,7 @@ def scan_images(
     folders: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     extensions: Sequence[str] = EXTENSIONS,
+    folder_extensions: Sequence[str] = (),
 ) -> Index:
     """Find all images below a folder, in the order of their paths.
 
@@ -35,6 +36,7 @@ def scan_images(
         exclude: patterns with `*`, `?` and `[...]` of files and folders to leave out; one with a slash is compared
             with the path below `root`, where `*` also stands for slashes, others with the name alone.
         extensions: of images, in lower case.
+        folder_extensions: of folders that are images themselves, such as `.zarr`, in lower case.
 
     Returns:
         An index with column `path`, `Strings` below `root`, and columns about folders for its own use.
@@ -49,19 +51,27 @@ def scan_images(
     return stored_index(
         cache_dir,
         name="folder",
-        key=["folder", 1, os.fsencode(os.path.realpath(root)).hex(), chosen, list(exclude), list(extensions)],
-        build=lambda: _scan(root, chosen, exclude, extensions),
+        key=["folder", 1, os.fsencode(os.path.realpath(root)).hex(), chosen, list(exclude), list(extensions)]
+        + ([list(folder_extensions)] if folder_extensions else []),
+        build=lambda: _scan(root, chosen, exclude, extensions, folder_extensions),
         is_current=lambda index: _is_unchanged(root, index),
     )
 
 
-def _scan(root: str, folders: Sequence[str] | None, exclude: Sequence[str], extensions: Sequence[str]) -> Index:
+def _scan(
+    root: str,
+    folders: Sequence[str] | None,
+    exclude: Sequence[str],
+    extensions: Sequence[str],
+    folder_extensions: Sequence[str],
+) -> Index:
     """Go through the folder."""
     started_ns = time.time_ns()
-    walk = _Walk(os.fsencode(root), folders, exclude, tuple(extension.encode() for extension in extensions))
+    endings, folder_endings = (tuple(map(os.fsencode, texts)) for texts in (extensions, folder_extensions))
+    walk = _Walk(os.fsencode(root), folders, exclude, endings, folder_endings)
     paths = Strings.pack(counted(walk.images(), description=f"looking for images in {root}"))
     if not len(paths):
-        raise _nothing_found(root, walk, exclude, extensions)
+        raise _nothing_found(root, walk, exclude, [*extensions, *folder_extensions])
     return Index(
         {
             "path": paths,
@@ -122,6 +132,7 @@ class _Walk:
     only: Sequence[str] | None
     exclude: Sequence[str]
     extensions: tuple[bytes, ...]
+    folder_extensions: tuple[bytes, ...] = ()
     folders: list[bytes] = field(default_factory=list)  # below the root; the root is empty
     changed_ns: list[int] = field(default_factory=list)
     num_excluded: int = 0
@@ -136,7 +147,11 @@ class _Walk:
             for name in level.names:
                 entry = level.special.get(name)
                 target = b"" if entry is None else _real_path(entry, level.real)
-                if entry is not None and entry.is_dir():
+                is_folder = entry is not None and entry.is_dir()
+                if is_folder and name.lower().endswith(self.folder_extensions):
+                    yield level.below + name
+                    continue
+                if entry is not None and is_folder:
                     below = level.below + name + b"/"
                     levels.append(self._enter(entry.path, below, (*level.real, target)))
                     break
