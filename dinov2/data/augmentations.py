@@ -122,7 +122,10 @@ class DataAugmentationDINO:
         boxes += [draw(self.local_crops_scale, self.local_crops_size) for _ in range(self.local_crops_number)]
         crops = cut_crops(image, boxes)
         if len(crops[0]) != self.in_chans:
-            raise DatasetError(f"it has {len(crops[0])} channels, but student.in_chans={self.in_chans}")
+            found = len(crops[0])
+            raise DatasetError(
+                f"it has {found} channels, but student.in_chans={self.in_chans}; set student.in_chans={found}"
+            )
         return {"global_crops": crops[:_NUM_GLOBAL_CROPS], "local_crops": crops[_NUM_GLOBAL_CROPS:]}
 
     def stack(self, samples: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:

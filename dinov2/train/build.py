@@ -1,6 +1,7 @@
 """Build the parts of a run from its config: the one place, with `SSLMetaArch`, that reads config keys."""
 
 import json
+import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from dinov2.train.batches import DeviceBatches
 from dinov2.train.param_groups import param_groups
 from dinov2.train.schedules import Schedules, scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,10 @@ def build_batches(
 
 def build_augmentation(cfg: Config) -> DataAugmentationDINO:
     """Build crops and photometric augmentation."""
-    crops, augmentation = cfg.crops, cfg.augmentation
+    crops, augmentation, in_chans = cfg.crops, cfg.augmentation, cfg.student.in_chans
+    has_colour_jitter = augmentation.color_jitter_probability and (augmentation.saturation or augmentation.hue)
+    if in_chans != 3 and (has_colour_jitter or augmentation.grayscale_probability):
+        logger.info("saturation, hue and grey are left out: they act on 3 channels, and student.in_chans=%d", in_chans)
     return DataAugmentationDINO(
         crops.global_crops_scale,
         crops.local_crops_scale,
@@ -164,7 +170,7 @@ def build_augmentation(cfg: Config) -> DataAugmentationDINO:
         solarize_threshold=augmentation.solarize_threshold,
         mean=augmentation.mean,
         std=augmentation.std,
-        in_chans=cfg.student.in_chans,
+        in_chans=in_chans,
     )
 
 
