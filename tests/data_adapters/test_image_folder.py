@@ -1,10 +1,14 @@
 import os
 import pickle
+import re
 import shutil
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from support.images import encode, photo, write_photos
@@ -266,6 +270,63 @@ def test_16_bit_files_keep_their_bits_on_request(tmp_path):
     assert deep.dtype == plain.dtype == torch.uint16
     assert np.array_equal(deep[0].numpy(), values)
     assert folder(tmp_path)[0][0].mode == "RGB"
+
+
+def test_files_of_every_kind_simply_work(tmp_path):
+    colour = photo(size=(16, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        b"alpha.png": encode(colour.convert("RGBA"), "PNG"),
+        b"bilevel.png": encode(colour.convert("1"), "PNG"),
+        b"caf\xe9.png": encode(colour, "PNG"),
+        b"cmyk.jpg": encode(colour.convert("CMYK")),
+        b"deep.png": encode(Image.fromarray(np.arange(192, dtype=np.uint16).reshape(12, 16) * 300), "PNG"),
+        b"palette.png": encode(colour.convert("P"), "PNG"),
+        b"turned.jpg": encode(colour, exif=exif),
+    }
+    for name, data in files.items():
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(data)
+    tifffile.imwrite(tmp_path / "wide.tif", np.arange(192, dtype=np.uint32).reshape(12, 16) * 10**7)
+    for bits, channels in ((8, 1), (8, 3), (16, 1), (16, 3)):
+        dataset = make_dataset(f"ImageFolder:root='{tmp_path}':bits={bits}", channels=channels)
+        assert [os.path.basename(os.fsencode(dataset.path(index))) for index in range(8)] == [
+            *sorted(files),
+            b"wide.tif",
+        ]
+        for index, name in enumerate(sorted(files)):
+            pixels = dataset.encoded_image(index).to_tensor()
+            assert pixels.shape == (channels, *((16, 12) if name == b"turned.jpg" else (12, 16)))
+            assert pixels.dtype == (torch.uint8 if bits == 8 else torch.uint16)
+            assert pixels.float().std() > 0.1 * 2**bits
+
+
+def test_broken_files_are_named_with_what_is_wrong(tmp_path):
+    write_photos(tmp_path, 1)
+    (tmp_path / "x1.jpg").write_bytes(b"")
+    whole = encode(photo(size=(200, 150)))
+    (tmp_path / "x2.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "x3.png").write_bytes(png_header(100_000, 100_000))
+    dataset = folder(tmp_path)
+    sentences = []
+    for index in (1, 2, 3):
+        with pytest.raises(DatasetError) as error:
+            dataset[index]
+        sentences.append(str(error.value).partition(" cannot be read: ")[2])
+    assert sentences[0] == "the file is empty"
+    assert re.fullmatch(r"damaged file \(image file is truncated \([0-9]+ bytes not processed\)\)", sentences[1])
+    assert sentences[2] == (
+        "100000 x 100000 pixels are more than data.max_image_pixels=178956970; "
+        "raise it if the image is what it claims to be"
+    )
+
+
+def png_header(width, height):
+    """Start of a PNG file of that size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = struct.pack(">I", 8) + b"IDAT" + bytes(12)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + data
 
 
 def cached(root, cache, **options):

@@ -18,12 +18,17 @@ from dinov2.errors import ConfigError, DatasetError
 MAX_IMAGE_PIXELS = 178_956_970  # default limit, Pillow's for decompression bombs
 _MODES = {1: "L", 3: "RGB"}
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG = 0x0102  # BitsPerSample of TIFF
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _TURNS = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}  # axes flipped, after swapping if any
 _JPEG_SCALES = (8, 4, 2)
 _UINT16_MAX = 65535
 _WIDEN = 257  # from 8 to 16 bits
 _PNG_DEPTH = 24  # byte of a PNG file that holds its bits a channel
+
+
+class UnknownFormatError(DatasetError):
+    """A file that Pillow does not know."""
 
 
 class EncodedImage:
@@ -34,6 +39,9 @@ class EncodedImage:
         channels: 3 for RGB, 1 for grey; any image is converted.
         max_image_pixels: larger images are refused before they are decoded; None: no limit.
         bits: of a channel in `to_tensor`. 8: wider images keep their upper 8 bits; 16: narrower ones are scaled up.
+
+    Attributes:
+        file_bits: of a channel in the file, 16 if there are more than 8.
 
     Raises:
         ConfigError: `channels` is neither 1 nor 3.
@@ -60,11 +68,27 @@ class EncodedImage:
             self._orientation = 1 if is_turned else self._image.getexif().get(_ORIENTATION_TAG, 1)
         if bits == 16 and _is_deep_colour_png(self._image, data):
             raise DatasetError("colour PNG files of 16 bits are read with bits=8 only; store TIFF files for bits=16")
+        self.file_bits = 16 if _is_wide(self._image) else 8
         width, height = self._image.size
         if self._orientation in _TRANSPOSED:
             width, height = height, width
         self.width = width
         self.height = height
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether decoding keeps all the bits that are asked for; not so for some TIFF files, see `WideTiff`."""
+        if self._image.format != "TIFF" or self._image.mode.startswith("I;16"):
+            return True
+        if self._image.mode in ("I", "F"):
+            return False
+        return self.bits == 8 or max(self._image.tag_v2.get(_BITS_TAG, (1,))) <= 8
+
+    @property
+    def tiff_orientation(self) -> int:
+        """Orientation that a TIFF file tells, 1..8."""
+        orientation = self._image.tag_v2.get(_ORIENTATION_TAG, 1)
+        return orientation if orientation in range(1, 9) else 1
 
     def to_pil(self, *, reduce: float = 1.0) -> Image.Image:
         """Decode, once, to 8 bits.
@@ -97,7 +121,7 @@ class EncodedImage:
             with _unreadable():
                 self._image.load()
             pixels = torch.from_numpy(_wide_values(self._image).astype(np.uint16))
-            return _turn(pixels.expand(self.channels, -1, -1), self._orientation)
+            return turn_upright(pixels.expand(self.channels, -1, -1), self._orientation)
         return (pil_to_tensor(self.to_pil(reduce=reduce)).to(torch.int32) * _WIDEN).to(torch.uint16)
 
 
@@ -114,6 +138,19 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
+def require_image_pixels(width: int, height: int, max_image_pixels: int | None) -> None:
+    """Refuse a larger image.
+
+    Raises:
+        DatasetError: it is.
+    """
+    if max_image_pixels is not None and width * height > max_image_pixels:
+        raise DatasetError(
+            f"{width} x {height} pixels are more than data.max_image_pixels={max_image_pixels}; "
+            "raise it if the image is what it claims to be"
+        )
+
+
 def _open(data: bytes, max_image_pixels: int | None) -> Image.Image:
     """Read the header; Pillow's process-wide limit makes way for ours while it does."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -121,12 +158,7 @@ def _open(data: bytes, max_image_pixels: int | None) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    width, height = image.size
-    if max_image_pixels is not None and width * height > max_image_pixels:
-        raise DatasetError(
-            f"{width} x {height} pixels are more than data.max_image_pixels={max_image_pixels}; "
-            "raise it if the image is what it claims to be"
-        )
+    require_image_pixels(*image.size, max_image_pixels)
     return image
 
 
@@ -157,7 +189,7 @@ def _is_deep_colour_png(image: Image.Image, data: bytes) -> bool:
     return image.format == "PNG" and data[_PNG_DEPTH] == 16 and image.mode in ("RGB", "RGBA", "LA")
 
 
-def _turn(pixels: Tensor, orientation: int) -> Tensor:
+def turn_upright(pixels: Tensor, orientation: int) -> Tensor:
     """Apply an EXIF orientation to [C, H, W]."""
     upright = pixels.transpose(-2, -1) if orientation in _TRANSPOSED else pixels
     return upright.flip(_TURNS[orientation]) if orientation in _TURNS else upright.contiguous()
@@ -171,7 +203,7 @@ def _unreadable() -> Iterator[None]:
     except (DatasetError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise DatasetError("not an image of a known format") from error
+        raise UnknownFormatError("not an image of a known format") from error
     except (
         Exception
     ) as error:  # Pillow's decoders raise a dozen kinds on damaged files: OSError, SyntaxError, struct.error

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov2.data.datasets.decoders import EncodedImage
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.wide_tiff import WideTiff, open_image_file
 from dinov2.data.folder_scan import EXTENSIONS, scan_images
 from dinov2.data.index import Index, Strings, counted, stored_index
 from dinov2.data.names import nearest
@@ -119,6 +121,14 @@ class FolderImages(ExtendedVisionDataset):
 
     def get_image_data(self, index: int) -> bytes:
         return Path(self.path(index)).read_bytes()
+
+    def encoded_image(self, index: int) -> EncodedImage | WideTiff:
+        try:
+            data = self.get_image_data(index)
+        except OSError as error:
+            raise DatasetError(error.strerror or str(error)) from error
+        settings = {"channels": self.channels, "max_image_pixels": self.max_image_pixels, "bits": self.bits}
+        return open_image_file(self.path(index), data, **settings)
 
     def get_target(self, index: int) -> int | None:
         if "target" not in self._table or self._table["target"][index] < 0:
