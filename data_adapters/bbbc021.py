@@ -63,7 +63,8 @@ class BBBC021(ExtendedVisionDataset):
         channels_order: which channels an image has, in this order; from `CHANNELS`, any number of them.
         dapi_only: the same as channels_order=DAPI.
         scaling: image, plate or dataset: whose percentiles; for plate and dataset they are found once, from a sample
-            of up to `sample_size` images each, and kept in the cache folder. none: 16 bits as they are.
+            of up to `sample_size` images each, whatever split is asked for, and kept in the cache folder. none: 16
+            bits as they are.
         low_pct: 0..100.
         high_pct: 0..100, above `low_pct`.
         sample_size: images, >= 1.
@@ -145,46 +146,45 @@ class BBBC021(ExtendedVisionDataset):
             },
             moa_csv=None if moa_csv is None else os.path.join(folder, moa_csv),
         )
-        table = _choose_rows(table, target=target, labelled_only=labelled_only, controls=controls)
-        self._take(table, target=target, sample_size=sample_size)
-
-    def _take(self, table: ImageTable, *, target: str, sample_size: int) -> None:
-        """Keep of a table as arrays: labels and windows, which all its rows have a say in, and this split's rows."""
         self._files = table.files
+        self._windows = self._find_windows(table, sample_size)  # of all images, so that every choice of them is alike
+        self._take(_choose_rows(table, target=target, labelled_only=labelled_only, controls=controls), target=target)
+
+    def _take(self, table: ImageTable, *, target: str) -> None:
+        """Keep as arrays the labels, which are numbered over all rows, and the rows of this split."""
         labels = table.columns.get(target, pd.Series([""] * len(table)))
         self._class_names = sorted(set(labels) - {""})
         self._targets = pd.Index(self._class_names, dtype=str).get_indexer(labels).astype(np.int64)
-        self._windows, self._window_of = self._find_windows(table, sample_size)
         keys = _group_keys(table, self.split_by, required=self.split != "all")
         self._group_keys = None if keys is None else pd.Categorical(keys)
         if self.split != "all":
             rows = self.own_rows(table.files[0] if keys is None else keys)
             table = table.rows(rows, what=f"split={self.split}")
-            self._files, self._targets, self._window_of = table.files, self._targets[rows], self._window_of[rows]
+            self._targets = self._targets[rows]
             self._group_keys = None if keys is None else self._group_keys[rows]
+        self._files = table.files
         self._texts = {name: pd.Categorical(column) for name, column in table.columns.items()}
 
-    def _find_windows(self, table: ImageTable, sample_size: int) -> tuple[list[list[Window]], np.ndarray]:
-        """Find windows that images share, and tell which of them each image has; without any if each has its own."""
-        num_channels = len(self.channel_names)
+    def _find_windows(self, table: ImageTable, sample_size: int) -> dict[str, list[Window]]:
+        """Find the windows that images share, by plate, or under "" for all; none if each image has its own."""
         if self._scaling == "image":
-            return [], np.zeros(len(table), dtype=np.int32)
+            return {}
         if self._scaling == "none":
-            return [[FULL_WINDOW] * num_channels], np.zeros(len(table), dtype=np.int32)
-        sets = pd.Categorical(["dataset"] * len(table))
+            return {"": [FULL_WINDOW] * len(self.channel_names)}
+        members = {"": np.arange(len(table))}
         if self._scaling == "plate":
-            sets = pd.Categorical(table.require("plate", needed_by="scaling=plate"))
-        names = [f"plate {name}" if self._scaling == "plate" else "the dataset" for name in sets.categories]
+            plates = pd.Categorical(table.require("plate", needed_by="scaling=plate"))
+            members = {name: np.flatnonzero(plates.codes == code) for code, name in enumerate(plates.categories)}
         shared = SharedWindows(
             read=lambda index: self._open(index).planes(),
             files=self._paths,
-            settings=(self._scaling, *self.channel_names),
+            settings=(self._scaling, *self.channel_names, *(self._file_channels or ())),
             percentiles=self._percentiles,
             sample_size=sample_size,
             cache_dir=self.cache_dir,
         )
-        windows = shared.find({name: np.flatnonzero(sets.codes == number) for number, name in enumerate(names)})
-        return windows, sets.codes.astype(np.int32)
+        found = shared.find({f"plate {name}" if name else "the dataset": rows for name, rows in members.items()})
+        return dict(zip(members, found, strict=True))
 
     def _paths(self, index: int) -> list[str]:
         """Return the files of an image."""
@@ -252,9 +252,10 @@ class BBBC021(ExtendedVisionDataset):
 
     def encoded_image(self, index: int) -> ScaledImage:
         """Image with its headers read and its pixels not yet."""
+        key = str(self._texts["plate"][index]) if self._scaling == "plate" else ""
         return ScaledImage(
             self._open(index),
-            self._windows[self._window_of[index]] if self._windows else None,
+            self._windows.get(key),
             percentiles=self._percentiles,
             bits=self.bits,
             channels=self.channels,

@@ -80,7 +80,7 @@ class FileColumns:
         files: column with the file of each, a name or a whole path.
         folders: column with the folder of each, for files that are mere names; it need not exist.
         root: folder of images.
-        path_prefix: beginning that paths lose.
+        path_prefix: folder that paths start with and lose.
         skips_missing: rows without all their files are left out; else they are an error.
     """
 
@@ -111,12 +111,13 @@ def read_image_table(
         _file_paths(table, file_col=file_col, folder_col=table.find(folder_col), where=where)
         for file_col, folder_col in zip(where.files, where.folders, strict=True)
     ]
+    paths = [_locate(table, of_channel, root=where.root) for of_channel in paths]
     for of_channel, file_col in zip(paths, where.files, strict=True):
         _require_unique(table, of_channel, file_col=file_col)
     columns = describe_images(table, named=named, moa_csv=moa_csv)
-    columns.setdefault("batch", _weeks(columns, paths[0]))
-    columns["site"] = _sites(paths[0])
-    files = [[os.fsencode(path) for path in _locate(table, of_channel, root=where.root)] for of_channel in paths]
+    columns = {"batch": _weeks(columns, paths[0]), "site": _sites(paths[0])} | columns
+    columns = {name: column for name, column in columns.items() if (column != "").any()}
+    files = [[os.fsencode(path) for path in of_channel] for of_channel in paths]
     lacking = _rows_without_files(table, files, where=where)
     if lacking.any():
         logger.warning("%s: %d of %d rows lack a file and are left out", path, lacking.sum(), len(table))
@@ -207,8 +208,9 @@ def _file_paths(table: CsvTable, *, file_col: str, folder_col: str | None, where
         folders = table.column(folder_col).str.replace("\\", "/").str.rstrip("/")
         is_bare = ~names.str.contains("/", regex=False) & (folders != "")
         paths = names.where(~is_bare, folders + "/" + names)
-    for start in (where.path_prefix.replace("\\", "/"), os.path.join(os.path.abspath(where.root), "")):
-        paths = paths.str.removeprefix(start) if start else paths
+    prefix = where.path_prefix.replace("\\", "/").rstrip("/")
+    for start in (prefix, os.path.abspath(where.root)):
+        paths = paths.str.removeprefix(f"{start}/") if start else paths
     paths = paths.str.replace(r"/(?:\./)+", "/", regex=True).str.removeprefix("./")
     empty = np.flatnonzero((names == "").to_numpy())
     if len(empty):

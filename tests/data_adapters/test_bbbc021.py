@@ -204,6 +204,8 @@ def test_windows_of_a_plate_or_the_dataset_are_measured_once_and_kept(small, mon
     monkeypatch.setattr("data_adapters.bbbc021_scaling.histogram", lambda plane: reads.append(1) or histogram(plane))
     again = bbbc021(small, scaling="plate", cache_dir=small / "cache", split="val", val_fraction=0.9)
     assert not reads
+    bbbc021(small, scaling="plate", cache_dir=small / "cache", controls="drop", labelled_only="true")
+    assert not reads
     row = again.metadata()["path"].tolist().index(bbbc021(small).path(6))
     assert torch.equal(again[row][0], bbbc021(small, scaling="plate")[6][0])
     reads.clear()
@@ -266,7 +268,7 @@ def test_an_annotated_table_of_a_lab_needs_no_conversion(tmp_path):
     images = make_bbbc021(tmp_path, sites=1, size=(24, 16), nesting="archive")
     make_annotated_csv(tmp_path, images)
     (tmp_path / MOAS).unlink()
-    options = {"csv": "BBBC021_annotated_fixed.csv", "path_prefix": "../datasets/bbbc021/"}
+    options = {"csv": "BBBC021_annotated_fixed.csv", "path_prefix": "../datasets/bbbc021"}
     dataset = bbbc021(tmp_path, **options)
     assert len(dataset) == 18
     assert dataset.class_names == ["0", "1", "2", "3", "4"]
@@ -313,6 +315,9 @@ def test_one_file_may_hold_all_channels(small, kind):
     grey = bbbc021(small, scaling="none", bits=16, channels=1, dapi_only="true", **options)
     assert torch.equal(grey[5][0], expected[:1])
     assert bbbc021(small, csv="flat.csv", path_col="tile")[5][0].dtype == torch.uint8
+    assert set(dataset.metadata()) == {
+        *("path", "target", "group", "control", "moa", "compound", "concentration", "treatment", "plate")
+    }
 
 
 def test_files_with_other_numbers_of_channels_are_refused(small):
@@ -403,6 +408,20 @@ def test_duplicate_rows_are_refused(small):
     assert sentence(small) == (
         "ROOT/BBBC021_v1_image.csv, line 10: Image_FileName_Tubulin names "
         f"Week1/Week1_22123/{table['Image_FileName_Tubulin'][2]} again, as line 4 does; an image has one row"
+    )
+
+
+def test_two_names_of_one_folder_are_no_way_to_two_rows_of_one_image(small):
+    table = pd.read_csv(small / IMAGES)
+    other = table.iloc[[2]].replace("Week1/Week1_22123", "Week1_22123")
+    pd.concat([table, other.assign(**{f"Image_FileName_{name}": "x.tif" for name in ("Tubulin", "Actin")})]).to_csv(
+        small / IMAGES, index=False
+    )
+    (small / "Week1" / "Week1_22123").rename(small / "Week1_22123")
+    (small / "Week1_22123" / "x.tif").touch()
+    assert sentence(small) == (
+        "ROOT/BBBC021_v1_image.csv, line 10: Image_FileName_DAPI names "
+        f"Week1_22123/{table['Image_FileName_DAPI'][2]} again, as line 4 does; an image has one row"
     )
 
 
