@@ -92,7 +92,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         distributed.on_main_first(make_output_dir, args.output_dir)
         setup_logging(args.output_dir, rank=env.rank)
-        for note in cfg.notes:
+        for note in (*cfg.notes, *cfg.refusals):  # what training refuses does not matter here, but may surprise
             logger.info("%s", note)
         evaluate = build_evaluation(cfg, device=env.device)
         backbone = load_frozen_backbone(

@@ -171,11 +171,10 @@ def _explain_registers(file: Architecture, model: Architecture) -> _Difference |
 
 
 def _explain_interpolation(file: Architecture, model: Architecture) -> _Difference | None:
-    """Tell the rule by which DINOv2's models with registers, and those without, resize their positions."""
-    has = file.num_registers > 0
-    if file.family != "dinov2" or model.has_rope and not has or has == (model.num_registers > 0):
+    """Tell the rule by which DINOv2's models with registers resize their positions; the others' is the default."""
+    if file.family != "dinov2" or file.num_registers == 0 or model.num_registers > 0:
         return None
-    settings = {"student.interpolate_antialias": has, "student.interpolate_offset": 0.0 if has else 0.1}
+    settings = {"student.interpolate_antialias": True, "student.interpolate_offset": 0.0}
     return _Difference("its positions are resized by another rule", settings)
 
 

@@ -206,8 +206,7 @@ def _report(
         resized=resized,
         unused=tuple(unused),
         heads=tuple(converted.heads),
-        num_parameters=counts
-        | {"unused": sum(unused.values()), "heads": sum(tensor.numel() for tensor in in_heads)},
+        num_parameters=counts | {"unused": sum(unused.values()), "heads": sum(tensor.numel() for tensor in in_heads)},
         **fates,
     )
 

@@ -10,9 +10,13 @@ import torch
 from support.images import write_photos
 from support.training import PROGRAM, TINY_RUN, metrics_of, train, train_on_ranks
 
+from dinov2.data.registry import known_datasets
 from dinov2.logging import run_program
 from dinov2.train.train import main
 
+IMAGE_FOLDER_KEYS = (
+    "root, classes, exclude, label_level, split, val_fraction, test_fraction, split_by, one_per_group, bits"
+)
 FEW_STEPS = ("train.max_steps=2", "checkpointing.period=1")
 
 
@@ -81,16 +85,16 @@ def files_of(folder):
         ),
         (
             "train.dataset_path=Imagefolder:root=x",
-            "unknown dataset 'Imagefolder'; did you mean ImageFolder? known are Digits, ImageFolder; "
+            f"unknown dataset 'Imagefolder'; did you mean ImageFolder? known are {', '.join(known_datasets())}; "
             "a class of your own is named package.module.Class",
         ),
         (
             "train.dataset_path=ImageFolder",
-            "dataset ImageFolder needs root=...; its keys are root, split, val_fraction",
+            f"dataset ImageFolder needs root=...; its keys are {IMAGE_FOLDER_KEYS}",
         ),
         (
             "train.dataset_path=ImageFolder:rot=x",
-            "dataset ImageFolder has no key 'rot'; did you mean root? known are root, split, val_fraction",
+            f"dataset ImageFolder has no key 'rot'; did you mean root? known are {IMAGE_FOLDER_KEYS}",
         ),
         (
             "train.dataset_path=ImageFolder:root=a:b",
@@ -274,14 +278,15 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path, capsys, finished):
 
     assert sentence("MODEL.WEIGHTS=/none.pth") == "/none.pth: no such file of weights"
     assert sentence(f"MODEL.WEIGHTS={teacher}", "dino.head_n_prototypes=16") == (
-        f"MODEL.WEIGHTS={teacher}: weights do not fit the model: "
-        "dino_head.last_layer.weight_g has shape [32, 1], the model needs [16, 1]"
+        f"MODEL.WEIGHTS={teacher}: dino_head cannot be loaded, it has 32 prototypes, the model 16; "
+        "use student.pretrained_weights to start from the backbone"
     )
-    others = tmp_path / "others.pth"
-    torch.save({"model": {"backbone.cls_token": torch.ones(1)}}, others)
-    assert sentence(f"MODEL.WEIGHTS={others}") == (
-        f"MODEL.WEIGHTS={others}: has no 'teacher' with tensors of backbone and heads; "
-        "use student.pretrained_weights for a file that holds a backbone only"
+    backbone = tmp_path / "backbone.pth"
+    given = torch.load(teacher, weights_only=True)["teacher"]
+    torch.save({name: tensor for name, tensor in given.items() if name.startswith("backbone.")}, backbone)
+    assert sentence(f"MODEL.WEIGHTS={backbone}") == (
+        f"MODEL.WEIGHTS={backbone}: dino_head cannot be loaded, the file has none; "
+        "use student.pretrained_weights to start from the backbone"
     )
     assert sentence("train.resume_path=/none/model_0000001.rank_{rank}.pth") == (
         "model_0000001: there is no model_0000001.manifest.json in /none, so it is not complete"
