@@ -97,6 +97,7 @@ class StudentConfig(Section):
             self._require_no_vit_keys()
         else:
             self.require("sync_batchnorm", not self.sync_batchnorm, f"false: student.arch={self.arch} has no BatchNorm")
+            self._require_ffn_of_the_family()
             self._require_whole_heads()
 
     def _require_rope_ranges(self) -> None:
@@ -124,6 +125,17 @@ class StudentConfig(Section):
             self.require(name, getattr(self, name) is None, f"null: student.arch={self.arch} is no ViT")
         no_registers = self.num_register_tokens == 0
         self.require("num_register_tokens", no_registers, f"0: student.arch={self.arch} has no tokens")
+
+    def _require_ffn_of_the_family(self) -> None:
+        """The two families hold gated layers in one matrix or in two, which weights of the other cannot fill."""
+        if self.pos_embed_type == "learned":
+            fits = self.ffn_layer not in ("swiglu32", "swiglu64", "swiglu128")
+            self.require("ffn_layer", fits, "mlp, swiglu or swiglufused with student.pos_embed_type=learned")
+        else:
+            fits = self.ffn_layer != "swiglufused"
+            self.require(
+                "ffn_layer", fits, "mlp, swiglu, swiglu32, swiglu64 or swiglu128 with student.pos_embed_type=rope"
+            )
 
     def _require_whole_heads(self) -> None:
         arch_width, arch_heads = ARCH_WIDTH_AND_HEADS[self.arch]

@@ -47,6 +47,7 @@ from dinov2.errors import ConfigError
         ("student.pos_embed_rope_jitter_coords=0.5", "at least 1, or null"),
         ("student.pos_embed_rope_rescale_coords=0.5", "at least 1, or null"),
         ("student.sync_batchnorm=true", "false: student.arch=vit_large has no BatchNorm"),
+        ("student.ffn_layer='swiglu64'", "mlp, swiglu or swiglufused with student.pos_embed_type=learned"),
         ("student.interpolate_offset=-0.1", "at least 0"),
         ("teacher.momentum_teacher=1.1", "in 0..1"),
         ("teacher.final_momentum_teacher=-0.1", "in 0..1"),
