@@ -5,6 +5,7 @@ Log lines and the progress bar go to standard error; standard output is left to 
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 from tqdm import tqdm
@@ -68,6 +69,8 @@ def setup_logging(output_dir: str | Path | None, *, rank: int, level: str = "INF
     root.setLevel(logging.WARNING)
     for name in _OURS:
         logging.getLogger(name).setLevel(level)
+    # Our backbones return views of packed tokens, and nothing changes these in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     logging.captureWarnings(True)
 
 
