@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,7 @@ _ONE_FILE = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False, "is_m
 
 
 class TiffArray:
-    """The first image or stack of a TIFF file; nothing but headers is read at first. Close it after use.
+    """The first image or stack of a TIFF file; nothing but headers is read at first. Closed with its last reference.
 
     Args:
         path: of the file.
@@ -56,6 +57,7 @@ class TiffArray:
         except BaseException:
             self._file.close()
             raise
+        self._finish = weakref.finalize(self, self._file.close)  # also where nobody closes it
 
     def _open(self) -> None:
         """Find the first series and how it is read."""
@@ -80,7 +82,7 @@ class TiffArray:
     def close(self) -> None:
         """Close the file; arrays that were read stay."""
         self._mapped = None
-        self._file.close()
+        self._finish()
 
     def read(self, box: Sequence[slice]) -> np.ndarray:
         """Read a box.
