@@ -41,6 +41,8 @@ _SPLITS_BY = ("compound", "treatment", "plate", "well", "batch", "image")
 _SCALINGS = ("image", "plate", "dataset", "none")
 _CONTROLS = ("keep", "drop", "only")
 _MISSING = ("error", "skip")
+_PERCENTILES = (0.1, 99.9)
+_SAMPLE_SIZE = 50
 
 
 class BBBC021(ExtendedVisionDataset):
@@ -65,10 +67,10 @@ class BBBC021(ExtendedVisionDataset):
         scaling: image, plate or dataset: whose percentiles; for plate and dataset they are found once, from a sample
             of up to `sample_size` images each, whatever split is asked for, and kept in the cache folder. none: 16
             bits as they are.
-        low_pct: 0..100.
-        high_pct: 0..100, above `low_pct`.
-        sample_size: images, >= 1.
-        file_channels: with path_col: the channels in the files, in their order.
+        low_pct: 0..100; None: 0.1. Not with scaling=none, as `high_pct`.
+        high_pct: 0..100, above `low_pct`; None: 99.9.
+        sample_size: images, >= 1; None: 50. With scaling=plate or dataset only.
+        file_channels: with path_col only: the channels in the files, in their order; None: those of `CHANNELS`.
         split_by: compound, treatment, plate, well, batch or image.
         options: arguments of `ExtendedVisionDataset`. bits=16 keeps 16 bits.
 
@@ -92,11 +94,11 @@ class BBBC021(ExtendedVisionDataset):
         channels_order: str = "Tubulin,Actin,DAPI",
         dapi_only: bool = False,
         scaling: str = "image",
-        low_pct: float = 0.1,
-        high_pct: float = 99.9,
-        sample_size: int = 50,
+        low_pct: float | None = None,
+        high_pct: float | None = None,
+        sample_size: int | None = None,
         path_col: str | None = None,
-        file_channels: str = "Tubulin,Actin,DAPI",
+        file_channels: str | None = None,
         dapi_col: str = "Image_FileName_DAPI",
         tubulin_col: str = "Image_FileName_Tubulin",
         actin_col: str = "Image_FileName_Actin",
@@ -115,14 +117,23 @@ class BBBC021(ExtendedVisionDataset):
         super().__init__(split_by=split_by, **options)
         _require_one_of(target=(target, TARGETS), controls=(controls, _CONTROLS), missing=(missing, _MISSING))
         _require_one_of(scaling=(scaling, _SCALINGS), split_by=(split_by, _SPLITS_BY))
-        _require_percentages(low_pct, high_pct, sample_size)
+        if scaling == "none":
+            _refuse("scaling=none", low_pct=low_pct, high_pct=high_pct)
+        if scaling in ("none", "image"):
+            _refuse(f"scaling={scaling}", sample_size=sample_size)
+        if path_col is None:
+            _refuse("a file for each channel; path_col= names a column of files with all", file_channels=file_channels)
         self._scaling = scaling
-        self._percentiles = (low_pct, high_pct)
+        self._percentiles = _percentages(low_pct, high_pct)
+        sample_size = _SAMPLE_SIZE if sample_size is None else sample_size
+        if sample_size < 1:
+            raise ConfigError(f"dataset BBBC021: sample_size={sample_size} must be at least 1 image")
         folder = os.path.expanduser(root)
         self.root = os.path.join(folder, images) if images else folder
         by_channel = {"DAPI": dapi_col, "Tubulin": tubulin_col, "Actin": actin_col}
         names = self.channel_names if path_col is None else ("image",)
-        self._file_channels = None if path_col is None else _channels("file_channels", file_channels)
+        in_files = CHANNELS if file_channels is None else _channels("file_channels", file_channels)
+        self._file_channels = None if path_col is None else in_files
         self._require_planes()
         table = read_image_table(
             _existing(os.path.join(folder, csv), "csv= to the table of images"),
@@ -287,15 +298,21 @@ def _require_one_of(**choices: tuple[str, Sequence[str]]) -> None:
             raise ConfigError(f"dataset BBBC021: {key}={value} must be one of {', '.join(known)}")
 
 
-def _require_percentages(low_pct: float, high_pct: float, sample_size: int) -> None:
-    """Check the settings of percentiles."""
-    if not 0 <= low_pct < high_pct <= 100:
+def _refuse(where: str, **settings: Any) -> None:
+    """Refuse settings that have no effect."""
+    for key, value in settings.items():
+        if value is not None:
+            raise ConfigError(f"dataset BBBC021: {key}={value} has no effect with {where}; remove it")
+
+
+def _percentages(low_pct: float | None, high_pct: float | None) -> tuple[float, float]:
+    """Fill in and check the percentiles."""
+    low, high = _PERCENTILES[0] if low_pct is None else low_pct, _PERCENTILES[1] if high_pct is None else high_pct
+    if not 0 <= low < high <= 100:
         raise ConfigError(
-            f"dataset BBBC021: low_pct={low_pct:g} and high_pct={high_pct:g} must be percentages, the first below the "
-            "second"
+            f"dataset BBBC021: low_pct={low:g} and high_pct={high:g} must be percentages, the first below the second"
         )
-    if sample_size < 1:
-        raise ConfigError(f"dataset BBBC021: sample_size={sample_size} must be at least 1 image")
+    return low, high
 
 
 def _existing(path: str, instead: str) -> str:

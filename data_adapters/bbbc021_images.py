@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_adapters.bbbc021_scaling import Window, histogram, percentile_window
 from data_adapters.contained_paths import require_inside
-from dinov2.data.datasets.decoders import EncodedImage
+from dinov2.data.datasets.decoders import EncodedImage, require_image_pixels
 from dinov2.data.datasets.tiff import TiffArray
 from dinov2.errors import DatasetError
 
@@ -169,11 +169,7 @@ class _TiffPlanes:
         if others != [num_channels] * (num_channels > 1):
             found = " x ".join(str(size) for size in others) or "1"
             raise DatasetError(f"it holds {found} channels or pages, but must hold {num_channels} (file_channels=)")
-        if max_image_pixels is not None and self.width * self.height > max_image_pixels:
-            raise DatasetError(
-                f"{self.width} x {self.height} pixels are more than data.max_image_pixels={max_image_pixels}; "
-                "raise it if the image is what it claims to be"
-            )
+        require_image_pixels(self.width, self.height, max_image_pixels)
 
     def planes(self) -> np.ndarray:
         with contextlib.closing(self._open()) as array:

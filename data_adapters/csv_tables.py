@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dinov2.data.registry import nearest
+from dinov2.data.names import nearest
 from dinov2.errors import DatasetError
 
 _FIRST_LINE = 2  # after the header, counted from 1

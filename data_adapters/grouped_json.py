@@ -31,10 +31,13 @@ import numpy as np
 from data_adapters.contained_paths import find_missing, require_inside
 from data_adapters.grouped_json_annotations import read_annotations
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.image_source import ImageSource
+from dinov2.data.datasets.wide_tiff import open_image_file
 from dinov2.data.index import Index, Strings, stored_index
 from dinov2.errors import ConfigError, DatasetError
 
 _SPLITS = ("train", "val", "test")
+_FRACTION = 0.2  # of the groups in val, and in test, if there is one annotation file only
 
 
 class GroupedJSON(ExtendedVisionDataset):
@@ -44,7 +47,7 @@ class GroupedJSON(ExtendedVisionDataset):
 
     Args:
         root: folder of the dataset; `~` is the home folder.
-        val_fraction: share of the groups in val, about, if there is one annotation file only.
+        val_fraction: share of the groups in val, about, if there is one annotation file only; None: 0.2.
         test_fraction: the same for test.
         split_by: group; there is no other choice.
         options: arguments of `ExtendedVisionDataset`.
@@ -58,16 +61,23 @@ class GroupedJSON(ExtendedVisionDataset):
         self,
         *,
         root: str,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        val_fraction: float | None = None,
+        test_fraction: float | None = None,
         split_by: str = "group",
         **options: Any,
     ) -> None:
-        super().__init__(val_fraction=val_fraction, test_fraction=test_fraction, split_by=split_by, **options)
+        fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+        set_fractions = {key: value for key, value in fractions.items() if value is not None}
+        super().__init__(split_by=split_by, **(dict.fromkeys(fractions, _FRACTION) | set_fractions), **options)
         if split_by != "group":
             raise ConfigError(f"dataset GroupedJSON: split_by={split_by} must be group")
         self.root = os.path.expanduser(root)
         files = _annotation_files(self.root)
+        if set_fractions and len(files) > 1:
+            raise ConfigError(
+                f"dataset GroupedJSON: {next(iter(set_fractions))} has no effect, as {files[0].parent} has "
+                f"{len(files)} files, each of which is a split; remove it"
+            )
         self._index = stored_index(
             self.cache_dir,
             name="grouped_json",
@@ -86,6 +96,15 @@ class GroupedJSON(ExtendedVisionDataset):
         path = self.path(index)
         require_inside(self.root, path)
         return Path(path).read_bytes()
+
+    def encoded_image(self, index: int) -> ImageSource:
+        """Image with its header read and its pixels not yet."""
+        try:
+            data = self.get_image_data(index)
+        except OSError as error:
+            raise DatasetError(error.strerror or str(error)) from error
+        settings = {"channels": self.channels, "max_image_pixels": self.max_image_pixels, "bits": self.bits}
+        return open_image_file(self.path(index), data, **settings)
 
     def get_target(self, index: int) -> int | None:
         label = int(self._index["label"][self._rows[index]])

@@ -548,7 +548,14 @@ def test_a_table_that_is_not_there_is_named(tmp_path):
             {"low_pct": 99, "high_pct": 1},
             "low_pct=99 and high_pct=1 must be percentages, the first below the second",
         ),
-        ({"sample_size": 0}, "sample_size=0 must be at least 1 image"),
+        ({"sample_size": 0, "scaling": "plate"}, "sample_size=0 must be at least 1 image"),
+        ({"sample_size": 9}, "sample_size=9 has no effect with scaling=image; remove it"),
+        ({"scaling": "none", "low_pct": 2}, "low_pct=2.0 has no effect with scaling=none; remove it"),
+        (
+            {"file_channels": "DAPI"},
+            "file_channels=DAPI has no effect with a file for each channel; path_col= names a column of files with "
+            "all; remove it",
+        ),
         (
             {"path_col": "x", "file_channels": "DAPI,Actin"},
             "file_channels=DAPI,Actin lacks Tubulin, which channels_order or dapi_only asks for",

@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from support.industrial_json import make_grouped_json, write_annotations
 from support.training import losses_of, metrics_of, train
 
@@ -111,6 +113,16 @@ def test_one_file_alone_is_split_by_its_groups(tmp_path, name):
     for split, before in groups.items():
         assert before <= set(grouped(tmp_path, split=split).metadata()["group"])
     assert len(grouped(tmp_path, split="val", val_fraction=0.01, test_fraction=0.9)) < len(splits["val"])
+
+
+def test_files_of_other_formats_keep_what_they_hold(tmp_path, contents):
+    pixels = np.arange(24 * 16 * 3, dtype=np.uint16).reshape(16, 24, 3) * 50
+    tifffile.imwrite(tmp_path / "train" / "deep.tif", pixels, photometric="rgb")
+    contents["train"]["data_list"][0]["img_path"] = "train/deep.tif"
+    write_annotations(tmp_path, "train", contents["train"])
+    deep = grouped(tmp_path, split="train", bits=16)[0][0]
+    np.testing.assert_array_equal(deep.permute(1, 2, 0).numpy(), pixels)
+    assert grouped(tmp_path, split="train", bits=16)[1][0].dtype == torch.uint16
 
 
 def test_a_dataset_is_indexed_once_and_handed_to_workers_by_name(tmp_path, contents):
@@ -322,6 +334,12 @@ def test_wrong_options_are_config_errors(tmp_path, contents):
     with pytest.raises(ConfigError) as error:
         grouped(tmp_path, split_by="image")
     assert str(error.value) == "dataset GroupedJSON: split_by=image must be group"
+    with pytest.raises(ConfigError) as error:
+        grouped(tmp_path, split="val", val_fraction=0.1)
+    assert str(error.value) == (
+        f"dataset GroupedJSON: val_fraction has no effect, as {tmp_path}/annotations has 3 files, each of which is a "
+        "split; remove it"
+    )
     with pytest.raises(ConfigError) as error:
         grouped(tmp_path, split="training")
     assert str(error.value) == "dataset GroupedJSON: split=training must be one of all, train, val, test"
