@@ -125,9 +125,7 @@ class BBBC021(ExtendedVisionDataset):
             _refuse("a file for each channel; path_col= names a column of files with all", file_channels=file_channels)
         self._scaling = scaling
         self._percentiles = _percentages(low_pct, high_pct)
-        sample_size = _SAMPLE_SIZE if sample_size is None else sample_size
-        if sample_size < 1:
-            raise ConfigError(f"dataset BBBC021: sample_size={sample_size} must be at least 1 image")
+        num_sampled = _num_sampled(sample_size)
         folder = os.path.expanduser(root)
         self.root = os.path.join(folder, images) if images else folder
         by_channel = {"DAPI": dapi_col, "Tubulin": tubulin_col, "Actin": actin_col}
@@ -158,7 +156,7 @@ class BBBC021(ExtendedVisionDataset):
             moa_csv=None if moa_csv is None else os.path.join(folder, moa_csv),
         )
         self._files = table.files
-        self._windows = self._find_windows(table, sample_size)  # of all images, so that every choice of them is alike
+        self._windows = self._find_windows(table, num_sampled)  # of all images, whichever are chosen
         self._take(_choose_rows(table, target=target, labelled_only=labelled_only, controls=controls), target=target)
 
     def _take(self, table: ImageTable, *, target: str) -> None:
@@ -313,6 +311,14 @@ def _percentages(low_pct: float | None, high_pct: float | None) -> tuple[float, 
             f"dataset BBBC021: low_pct={low:g} and high_pct={high:g} must be percentages, the first below the second"
         )
     return low, high
+
+
+def _num_sampled(sample_size: int | None) -> int:
+    """Fill in and check the size of samples."""
+    number = _SAMPLE_SIZE if sample_size is None else sample_size
+    if number < 1:
+        raise ConfigError(f"dataset BBBC021: sample_size={number} must be at least 1 image")
+    return number
 
 
 def _existing(path: str, instead: str) -> str:
