@@ -139,19 +139,23 @@ class _Hdf5Array(_StoredArray):
         with _damaged():
             self._file = h5py.File(path, "r")
         self._finish = weakref.finalize(self, self._file.close)
-        with _damaged():
-            found: list[str] = []
+        try:
+            with _damaged():
+                found: list[str] = []
 
-            def note(name: str, item: Any) -> None:  # is not shown links to other files
-                if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uifb":
-                    found.append(name)
+                def note(name: str, item: Any) -> None:  # is not shown links to other files
+                    if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uifb":
+                        found.append(name)
 
-            self._file.visititems(note)
-            data = self._file[_choose(found, array)]
-            if data.external or data.is_virtual:
-                raise DatasetError("its array lies in other files; store the numbers in the file itself")
-        _require_chunks(data.chunks, max_image_pixels)
-        super().__init__(data, (axes or _USUAL_AXES.get(data.ndim, "")).upper())
+                self._file.visititems(note)
+                data = self._file[_choose(found, array)]
+                if data.external or data.is_virtual:
+                    raise DatasetError("its array lies in other files; store the numbers in the file itself")
+            _require_chunks(data.chunks, max_image_pixels)
+            super().__init__(data, (axes or _USUAL_AXES.get(data.ndim, "")).upper())
+        except BaseException:
+            self._finish()
+            raise
 
 
 class _ZarrArray(_StoredArray):
