@@ -1,14 +1,18 @@
+import io
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import pickle
 import resource
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from dinov2.data.index import Index, Strings, stored_index
+from dinov2.data.index import Index, Strings, counted, stored_index
 from dinov2.errors import DatasetError
 
 NAMES = [b"", b"a.png", b"caf\xe9/1.png", b"x" * 300, b""]
@@ -175,3 +179,26 @@ def test_the_header_is_json_that_a_person_can_read(tmp_path):
     header = json.loads(data[16 : 16 + int.from_bytes(data[8:16], "little")])
     assert {column["name"] for column in header["columns"]} == set(example().columns)
     assert all(column["place"] % 64 == 0 for column in header["columns"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_counting_shows_a_bar_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(counted(iter(range(5000)), description="looking", unit="images")) == list(range(5000))
+    assert "looking: 0 images" in terminal.getvalue()
+
+
+def test_counting_writes_a_line_each_half_minute_elsewhere(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    seconds = itertools.count(0, 20)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    assert list(counted(range(20_000), description="looking")) == list(range(20_000))
+    assert [record.message for record in caplog.records] == [
+        "looking: files=8192 after_s=60",
+        "looking: files=16384 after_s=120",
+    ]
