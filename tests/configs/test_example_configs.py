@@ -41,8 +41,9 @@ def test_an_example_config_names_only_known_keys(path):
     assert set(keys_of(path)) <= set(dotted(to_dict(load_config(None))))
 
 
-def test_commented_keys_of_the_image_folder_config_load(tmp_path):
-    text = (FOLDER / "train" / "image_folder.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["image_folder.yaml", "em.yaml"])
+def test_commented_keys_of_an_example_config_load(tmp_path, name):
+    text = (FOLDER / "train" / name).read_text(encoding="utf-8")
     head, _, commented = text.rpartition("  # knn:\n")
     path = tmp_path / "config.yaml"
     path.write_text(f"{head}  knn:\n{commented.replace('  # ', '  ')}", encoding="utf-8")
