@@ -73,9 +73,9 @@ class TrainingSamples(Dataset[Sample]):
 
     def _crops(self, index: int, seed: int) -> dict[str, list[Tensor]]:
         """Read and crop one image."""
-        if not hasattr(self.dataset, "encoded_image"):  # a class of the user's own
-            return self.augmentation.crop(self.dataset[index][0], seed)
+        has_sources = hasattr(self.dataset, "encoded_image")  # a class of the user's own may not
         try:
-            return self.augmentation.crop(self.dataset.encoded_image(index), seed)
+            image = self.dataset.encoded_image(index) if has_sources else self.dataset[index][0]
+            return self.augmentation.crop(image, seed)
         except DatasetError as error:
             raise unreadable(self.dataset, index, error) from error

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from dinov2.configs import Config, load_config
-from dinov2.data import make_dataset
 from dinov2.data.random_streams import shuffled
+from dinov2.data.samplers import pass_size
 from dinov2.errors import ConfigError, Dinov2Error
 from dinov2.logging import run_program, setup_logging
 from dinov2.run.data_findings import Findings, compare_sets, judge_set
@@ -29,6 +29,7 @@ from dinov2.run.data_report import CheckedSet, count, describe_set
 from dinov2.run.data_table import format_augmentation, format_comparison, format_set, printable
 from dinov2.run.duplicates import content_keys, find_files
 from dinov2.run.image_facts import inspect_images
+from dinov2.run.named_dataset import choose_name, open_dataset, require_outside
 from dinov2.train.build import plan_run
 
 REPORT_NAME = "check_data.json"
@@ -84,17 +85,18 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.output_dir is not None:
         overrides.append(f"train.output_dir={args.output_dir}")
     cfg = load_config(args.config_file, overrides)
-    name = args.dataset or cfg.train.dataset_path
-    if not name:
-        raise ConfigError("--dataset is not given; name the images, e.g. ImageFolder:root=photos")
+    names = [choose_name(args.dataset, cfg), *against]
     setup_logging(None, rank=0)
+    datasets = [open_dataset(name, cfg) for name in names]
+    for dataset in datasets:
+        require_outside(dataset, Path(cfg.train.output_dir), option="--output-dir")
     folder = _make_folder(cfg.train.output_dir)
-    sets = check_sets([name, *against], cfg, sample=args.sample)
+    sets = check_sets(names, datasets, cfg, sample=args.sample)
     found = [describe_set(checked, crop_size=cfg.crops.global_crops_size) for checked in sets]
     common, findings = compare_sets(sets)
     judged = [judge_set(checked, facts, cfg) for checked, facts in zip(sets, found, strict=True)]
     if args.config_file or args.opts:
-        judged.insert(0, _judge_batch(cfg, num_images=len(sets[0].dataset)))
+        judged.insert(0, _judge_batch(cfg, num_images=pass_size(sets[0].dataset)))
     problems = [text for one in (*judged, findings) for text in one.problems]
     warnings = [text for one in (*judged, findings) for text in one.warnings]
     report = {"sets": found, "in_common": common, "problems": problems, "warnings": warnings}
@@ -103,19 +105,19 @@ def _run(argv: Sequence[str] | None) -> int:
     return 1 if problems else 0
 
 
-def check_sets(names: Sequence[str], cfg: Config, *, sample: int | None) -> list[CheckedSet]:
+def check_sets(names: Sequence[str], datasets: Sequence[Any], cfg: Config, *, sample: int | None) -> list[CheckedSet]:
     """Look at the images of several sets.
 
     Args:
         names: dataset strings.
-        cfg: says how the images are read.
+        datasets: that they name.
+        cfg: of the run.
         sample: images of each set that are decoded; None: all.
 
     Raises:
-        ConfigError, DatasetError: a dataset cannot be opened.
+        DatasetError: a worker was killed.
     """
     num_workers = min(cfg.train.num_workers, len(os.sched_getaffinity(0)))
-    datasets = [_open(name, cfg) for name in names]
     files = [
         find_files(dataset, num_workers=num_workers, description=f"files of {_short(name)}")
         for name, dataset in zip(names, datasets, strict=True)
@@ -141,15 +143,6 @@ def check_sets(names: Sequence[str], cfg: Config, *, sample: int | None) -> list
 def _is_override(text: str) -> bool:
     """Tell key=value, which a list option swallows, from a dataset string."""
     return "=" in text and ":" not in text.partition("=")[0]
-
-
-def _open(name: str, cfg: Config) -> Any:
-    return make_dataset(
-        name,
-        channels=cfg.student.in_chans,
-        cache_dir=cfg.data.cache_dir or str(Path(cfg.train.output_dir) / "cache"),
-        max_image_pixels=cfg.data.max_image_pixels,
-    )
 
 
 def _choose(num_images: int, sample: int | None) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dinov2.configs import Config, batch_size_per_rank, load_config
-from dinov2.data import DataAugmentationDINO, make_dataset
+from dinov2.data import DataAugmentationDINO
 from dinov2.data.datasets.extended import image_path
 from dinov2.data.datasets.image_source import RegionSource
 from dinov2.data.loaders import make_collate
@@ -39,6 +39,7 @@ from dinov2.run.contact_sheet import (
 )
 from dinov2.run.data_table import printable
 from dinov2.run.image_facts import open_image, read_pixels
+from dinov2.run.named_dataset import choose_name, open_dataset, require_outside
 from dinov2.train.build import build_augmentation
 
 _NUM_LOCAL = 4  # local crops shown
@@ -76,19 +77,12 @@ def _run(argv: Sequence[str] | None) -> int:
         raise ConfigError(f"--num-images {args.num_images}: must be at least 1")
     overrides = list(args.opts) + ([] if args.seed is None else [f"train.seed={args.seed}"])
     cfg = load_config(args.config_file, overrides)
-    name = args.dataset or cfg.train.dataset_path
-    if not name:
-        raise ConfigError("--dataset is not given; name the images, e.g. ImageFolder:root=photos")
+    name, output = choose_name(args.dataset, cfg), Path(args.output)
     setup_logging(None, rank=0)
-    dataset = make_dataset(
-        name,
-        channels=cfg.student.in_chans,
-        cache_dir=cfg.data.cache_dir or str(Path(cfg.train.output_dir) / "cache"),
-        max_image_pixels=cfg.data.max_image_pixels,
-    )
+    dataset = open_dataset(name, cfg)
+    require_outside(dataset, output.parent, option="--output")
     rows = preview_rows(dataset, cfg, num_images=args.num_images)
     heading = [printable(name), _describe(cfg, config_file=args.config_file)]
-    output = Path(args.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(rows, heading=heading).save(output)

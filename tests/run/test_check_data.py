@@ -33,6 +33,12 @@ def check(capsys, tmp_path, *argv):
     return code, captured.out, errors, json.loads(report.read_text()) if report.exists() else {}
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
 @pytest.fixture
 def photos(tmp_path):
     write_photos(tmp_path / "photos", 9, num_classes=3, size=(40, 30))
@@ -82,19 +88,21 @@ def test_mean_and_std_are_those_of_the_images_and_go_into_a_config(tmp_path, pho
 
 
 def test_tiny_and_missing_spreads_are_written_so_that_yaml_reads_numbers(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
     for number in range(2):
         values = np.zeros((8, 8), dtype=np.uint16)
         values[0, 0] = number
-        Image.fromarray(values).save(tmp_path / f"{number}.png")
+        Image.fromarray(values).save(data / f"{number}.png")
     _, out, _, _ = check(
-        capsys, tmp_path, "--dataset", f"ImageFolder:root={tmp_path}:bits=16", "student.in_chans=1", IN_ONE_PROCESS
+        capsys, tmp_path, "--dataset", f"ImageFolder:root={data}:bits=16", "student.in_chans=1", IN_ONE_PROCESS
     )
     (line,) = (line for line in out.splitlines() if line.startswith("augmentation: "))
     assert line == "augmentation: {mean: [0.0000001192], std: [0.000001343]}"
     assert yaml.safe_load(line)["augmentation"]["std"] == [0.000001343]
-    Image.new("L", (8, 8)).save(tmp_path / "0.png")
-    (tmp_path / "1.png").unlink()
-    _, out, _, _ = check(capsys, tmp_path, "--dataset", f"ImageFolder:root={tmp_path}", "student.in_chans=1")
+    Image.new("L", (8, 8)).save(data / "0.png")
+    (data / "1.png").unlink()
+    _, out, _, _ = check(capsys, tmp_path, "--dataset", f"ImageFolder:root={data}", "student.in_chans=1")
     assert "augmentation: {mean: [0.0], std: [1.0]}" in out.splitlines()  # a config takes no std of 0
 
 
@@ -256,10 +264,11 @@ def test_a_huge_image_is_read_in_parts(tmp_path, capsys):
 
 
 def test_what_one_probably_wants_to_know_is_a_warning(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
     for number in range(3):
         values = np.asarray(photo(number, size=(12, 14)).convert("L"), dtype=np.uint16) * 257
-        Image.fromarray(values).save(tmp_path / f"{number}.png")
-    name = f"ImageFolder:root={tmp_path}"
+        Image.fromarray(values).save(tmp_path / "data" / f"{number}.png")
+    name = f"ImageFolder:root={tmp_path / 'data'}"
     code, out, _, _ = check(capsys, tmp_path, "--dataset", name, IN_ONE_PROCESS)
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith("warning: ")] == [
@@ -309,10 +318,18 @@ def test_names_that_are_no_text_are_shown_as_escapes(tmp_path, photos, capsys):
         ),
     ],
 )
-def test_sentences_and_exit_codes(tmp_path, capsys, monkeypatch, argv, code, sentence):
-    monkeypatch.chdir(tmp_path)
+def test_sentences_and_exit_codes(capsys, argv, code, sentence):
     assert main(argv) == code
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+def test_no_picture_goes_into_the_data(tmp_path, photos, capsys):
+    assert main(["--dataset", f"ImageFolder:root={photos}+Digits", "--output-dir", str(photos / "report")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: --output-dir {photos}/report lies in the dataset's folder {photos}, where the picture would become "
+        "one of its images; choose a folder outside"
+    )
+    assert len(list(photos.rglob("*.png"))) == 0
 
 
 def test_keys_behind_a_list_of_sets_are_keys(tmp_path, capsys):
@@ -324,6 +341,6 @@ def test_keys_behind_a_list_of_sets_are_keys(tmp_path, capsys):
 
 def test_the_program_runs_from_the_command_line(tmp_path):
     argv = [sys.executable, ROOT / "run" / "check_data.py", "--dataset", "Digits", "--sample", "10"]
-    done = subprocess.run([*argv, "--output-dir", tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["check_data.json", "check_data.png"]
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["check_data.json", "check_data.png"]

@@ -33,20 +33,21 @@ class OddImages:
     Args:
         kinds: names with commas, an image each: `u8`, `u16`, `grey`, `float`, `bad` or `huge`; a number behind a name
             chooses other pixels.
-        channels: of u8, u16 and float.
-        first: number of the first image, for its name.
+        num_channels: of u8, u16 and float; None: as many as the network takes.
         one_file: all images are said to come from one file.
-        group: the same for all images; empty: no groups.
     """
 
     def __init__(
-        self, *, kinds: str, channels: int = 3, first: int = 0, one_file: bool = False, group: str = ""
+        self,
+        *,
+        kinds: str,
+        num_channels: int | None = None,
+        one_file: bool = False,
+        channels: int = 3,
     ) -> None:
         self.kinds = kinds.split(",")
-        self.channels = channels
-        self.first = first
+        self.channels = num_channels or channels
         self.one_file = one_file
-        self.group = group
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -65,7 +66,4 @@ class OddImages:
         return torch.from_numpy((values * 257).astype(np.uint16) if name == "u16" else values.astype(np.uint8)), None
 
     def path(self, index: int) -> str:
-        return "stack.tif" if self.one_file else f"image {self.first + index}"
-
-    def metadata(self) -> dict[str, np.ndarray]:
-        return {"group": np.array([self.group] * len(self))} if self.group else {}
+        return "stack.tif" if self.one_file else f"image {index}"
