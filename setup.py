@@ -49,6 +49,8 @@ PROGRAMS = [
     "dinov2-eval-knn = dinov2.eval.knn:main",
     "dinov2-inspect-weights = dinov2.run.inspect_weights:main",
     "dinov2-export = dinov2.run.export:main",
+    "dinov2-check-data = dinov2.run.check_data:main",
+    "dinov2-preview = dinov2.run.preview:main",
 ]
 DATASETS = [
     "BBBC021 = data_adapters.bbbc021:BBBC021",
