@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dinov2.configs import Config
 from dinov2.data import make_classification_eval_transform, make_dataset
 from dinov2.data.augmentations import normalization
+from dinov2.data.splits import require_disjoint_groups
 from dinov2.errors import ConfigError
 from dinov2.hub.weights import load_backbone_weights
 from dinov2.models import Backbone, build_model
@@ -32,16 +34,31 @@ def build_datasets(cfg: Config) -> tuple[NamedDataset, NamedDataset]:
 
     Raises:
         ConfigError: a set is not named, or its string is wrong.
-        DatasetError: its files are missing.
+        DatasetError: its files are missing, or both sets have images of one group.
     """
     knn, augmentation = cfg.evaluation.knn, cfg.augmentation
     size = knn.image_size_px or cfg.crops.global_crops_size
     mean, std = normalization(cfg.student.in_chans, mean=augmentation.mean, std=augmentation.std)
     transform = make_classification_eval_transform(round(size * knn.resize_ratio), size, mean, std)
-    return (
-        _open("train_dataset_path", knn.train_dataset_path, cfg=cfg, transform=transform),
-        _open("val_dataset_path", knn.val_dataset_path, cfg=cfg, transform=transform),
-    )
+    train = _open("train_dataset_path", knn.train_dataset_path, cfg=cfg, transform=transform)
+    val = _open("val_dataset_path", knn.val_dataset_path, cfg=cfg, transform=transform)
+    _require_separate(train, val)
+    return train, val
+
+
+def _require_separate(train: NamedDataset, val: NamedDataset) -> None:
+    """Warn if images are compared with themselves; refuse groups (parts, plates, slides) that are in both sets.
+
+    Names of groups mean the same only where both sets come from one folder.
+    """
+    if train.name == val.name:
+        logger.warning("%s both votes and is classified: the score says nothing about other images", val.name)
+        return
+    roots = [getattr(named.dataset, "root", None) for named in (train, val)]
+    columns = [named.dataset.metadata() if hasattr(named.dataset, "metadata") else {} for named in (train, val)]
+    if roots[0] is not None and roots[0] == roots[1] and all("group" in names for names in columns):
+        groups = [np.unique(names["group"]).tolist() for names in columns]
+        require_disjoint_groups(*groups, names=(train.name, val.name))
 
 
 def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> NamedDataset:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.dist import launch
+from support.industrial_json import make_grouped_json
 
 from dinov2.configs import load_config
 from dinov2.errors import ConfigError, DatasetError
@@ -163,3 +164,22 @@ def test_help_tells_defaults():
     assert done.returncode == 0
     for part in ("(default 10 20 100 200)", "(default 0.07)", "(default 256)", "default: teacher", "default: -1"):
         assert part in text
+
+
+def test_groups_in_both_sets_are_refused(weights, tmp_path, capsys):
+    root = tmp_path / "parts"
+    make_grouped_json(root)
+    keys = [*arguments(weights, tmp_path)]
+    for option, split in (("--train-dataset", "all"), ("--val-dataset", "val")):
+        keys[keys.index(option) + 1] = f"GroupedJSON:root={root}:split={split}"
+    sentence = fails_with(capsys, keys, code=1)
+    assert "has images both in GroupedJSON:root=" in sentence and "move each group to one of them" in sentence
+    keys[keys.index("--train-dataset") + 1] = f"GroupedJSON:root={root}:split=train"
+    assert main(keys) == 0
+
+
+def test_a_set_that_classifies_itself_is_warned_about(weights, tmp_path, capsys):
+    keys = [*arguments(weights, tmp_path)]
+    keys[keys.index("--train-dataset") + 1] = keys[keys.index("--val-dataset") + 1]
+    assert main(keys) == 0
+    assert "both votes and is classified" in capsys.readouterr().err
