@@ -71,6 +71,8 @@ class EMFolder(ExtendedVisionDataset):
         DatasetError: the folder is missing, or holds no image that can be read.
     """
 
+    scans_folder = True
+
     def __init__(
         self,
         *,

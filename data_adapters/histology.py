@@ -104,6 +104,7 @@ class Histology(ExtendedVisionDataset):
         others = {"label_col": label_col, "slide_col": slide_col, "split_col": split_col, "path_prefix": path_prefix}
         others |= {"classes": classes, "exclude": exclude, "slide_level": slide_level, "slide_pattern": slide_pattern}
         self._require_keys_fit(csv, root, others)
+        self.scans_folder = csv is None
         if csv is None:
             self.root = os.path.expanduser(str(root))
             self._require_slide_rule(slide_level, slide_pattern)

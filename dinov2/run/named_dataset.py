@@ -6,7 +6,6 @@ from typing import Any
 
 from dinov2.configs import Config
 from dinov2.data import make_dataset
-from dinov2.data.datasets.folder_images import FolderImages
 from dinov2.errors import ConfigError
 
 
@@ -49,7 +48,7 @@ def require_outside(dataset: Any, folder: Path, *, option: str) -> None:
         ConfigError: it does.
     """
     for part in getattr(dataset, "parts", [dataset]):
-        if not isinstance(part, FolderImages):
+        if not getattr(part, "scans_folder", False):
             continue
         root, real = os.path.realpath(part.root), os.path.realpath(folder)
         if os.path.commonpath((root, real)) == root:

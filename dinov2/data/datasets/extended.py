@@ -40,6 +40,7 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
     """
 
     HIDDEN_KEYS: ClassVar[tuple[str, ...]] = ()  # arguments that mean nothing to a subclass, and are no keys of it
+    scans_folder = False  # whether every image that lies below `root` is taken
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class FolderImages(ExtendedVisionDataset):
     (the images below one folder of that level are).
     """
 
+    scans_folder = True
+
     def open_folder(
         self,
         root: str,
