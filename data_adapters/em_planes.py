@@ -32,6 +32,7 @@ class Cut:
     channels: str | None
     along: str | None  # axis that the planes are perpendicular to; None: the array is one plane
     others: str  # axes gone through besides
+    drops_alpha: bool  # of the samples of a pixel
 
     @classmethod
     def through(cls, array: PixelArray, axis: str, channel_axis: str | None) -> "Cut":
@@ -47,10 +48,10 @@ class Cut:
         depth = "Z" if "Z" in rest else (rest[-1] if rest else None)
         others = "".join(letter for letter in rest if letter != depth)
         if axis == "Z":
-            return cls(array, "Y", "X", channels, depth, others)
+            return cls(array, "Y", "X", channels, depth, others, channel_axis is None)
         if depth is None:
             raise DatasetError(f"its axes are {array.axes}; axis={axis.lower()} needs a stack")
-        return cls(array, depth, "X" if axis == "Y" else "Y", channels, axis, others)
+        return cls(array, depth, "X" if axis == "Y" else "Y", channels, axis, others, channel_axis is None)
 
     def num_planes(self, slices: Range) -> int:
         """Planes that are used."""
@@ -70,7 +71,7 @@ class Cut:
             rest, fixed[axis] = divmod(rest, self._size(axis))
         if rest:
             raise DatasetError(f"plane {number} is out of range; the file has {self.num_planes(slices)}")
-        return Plane(self.array, self.rows, self.columns, self.channels, fixed)
+        return Plane(self.array, self.rows, self.columns, self.channels, fixed, drops_alpha=self.drops_alpha)
 
     def _range(self, slices: Range) -> tuple[int, int]:
         size = 1 if self.along is None else self._size(self.along)

@@ -123,6 +123,17 @@ def test_other_axes_are_gone_through_too_or_become_channels(tmp_path):
     )
 
 
+def test_transparency_is_left_out_and_samples_can_be_channels(tmp_path):
+    values = stack(20, 30, 4)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+    colour = em_folder(tmp_path, channels=3, **WINDOW)
+    assert len(colour) == 1
+    assert np.array_equal(colour.encoded_image(0).to_tensor().numpy(), values[..., :3].transpose(2, 0, 1))
+    assert colour.encoded_image(0).channels == 3
+    all_four = em_folder(tmp_path, channels=4, channel_axis="s", **WINDOW)
+    assert np.array_equal(all_four.encoded_image(0).to_tensor().numpy(), values.transpose(2, 0, 1))
+
+
 def test_pictures_of_any_kind_work(tmp_path):
     grey = (stack(20, 30) // 16).astype(np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")

@@ -52,6 +52,7 @@ class Plane:
     columns: str  # axis
     channels: str | None  # axis; None: one channel
     fixed: Mapping[str, int]  # place along each other axis
+    drops_alpha: bool = False  # whether the last of 2 or 4 channels is transparency, which no image shows
 
     @property
     def height(self) -> int:
@@ -63,7 +64,8 @@ class Plane:
 
     @property
     def num_channels(self) -> int:
-        return self._size(self.channels) if self.channels else 1
+        count = self._size(self.channels) if self.channels else 1
+        return count - 1 if self.drops_alpha and count in (2, 4) else count
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Read a rectangle, [C, height, width] of the array's dtype.
