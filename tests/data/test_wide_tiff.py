@@ -7,7 +7,7 @@ from support.images import photo
 from dinov2.data import make_dataset
 from dinov2.data.datasets.decoders import EncodedImage
 from dinov2.data.datasets.image_source import ImageSource
-from dinov2.data.datasets.wide_tiff import WideTiff, open_image_file, to_integers
+from dinov2.data.datasets.wide_tiff import WideTiff, open_image_file
 from dinov2.errors import DatasetError
 
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
@@ -43,7 +43,7 @@ def test_wide_grey_is_windowed_to_16_bits(tmp_path, pixels, channels):
     assert (decoded.float() - torch.tensor(RAMP) * 65535).abs().max() < 40  # float16 has 11 bits
     narrow = opened(tmp_path / "a.tif", pixels, channels=channels, bits=8).to_tensor()
     assert narrow.dtype == torch.uint8
-    assert (narrow.float() - decoded.float() / 257).abs().max() <= 0.51  # rounding
+    assert (narrow.float() - decoded.float() / 257).abs().max() <= 0.51  # rounding, twice
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int32, np.int16])
@@ -65,7 +65,7 @@ def test_16_bit_colour_keeps_its_bits(tmp_path, layout):
     assert isinstance(opened(tmp_path / "a.tif", stored, bits=8, **options), EncodedImage)
 
 
-def test_alpha_and_further_samples_are_dropped(tmp_path):
+def test_alpha_is_dropped_and_other_samples_are_refused(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 65536, (6, 8, 5)).astype(np.uint16)
     colour = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
     decoded = opened(tmp_path / "a.tif", pixels[..., :4], channels=3, **colour).to_tensor()
@@ -73,6 +73,8 @@ def test_alpha_and_further_samples_are_dropped(tmp_path):
     grey = {"photometric": "minisblack", "planarconfig": "contig"}
     decoded = opened(tmp_path / "a.tif", pixels[..., :2], **grey).to_tensor()
     assert np.array_equal(decoded[0].numpy(), pixels[..., 0])
+    with pytest.raises(DatasetError, match="^it has 5 channels, but student.in_chans=1$"):
+        opened(tmp_path / "a.tif", pixels, **grey).to_tensor()
 
 
 def test_ordinary_files_are_pillows(tmp_path):
@@ -101,7 +103,7 @@ def test_values_that_are_no_numbers_are_counted(tmp_path, value):
     pixels[2, 3:5] = value
     with pytest.raises(DatasetError) as error:
         opened(tmp_path / "a.tif", pixels).to_tensor()
-    assert str(error.value) == "2 of its 48 values are NaN or infinite; mend the file or leave it out"
+    assert str(error.value) == "2 of its numbers are NaN or infinite; fill them in before training"
 
 
 def test_large_and_unknown_files_are_refused(tmp_path):
@@ -117,8 +119,9 @@ def test_large_and_unknown_files_are_refused(tmp_path):
         open_image_file("b.png", b"hello, this is text")
 
 
-def test_bits_become_black_and_white():
-    assert to_integers(np.array([[True, False]])).tolist() == [[255, 0]]
+def test_bits_become_black_and_white(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", RAMP > 0.5)
+    assert WideTiff(tmp_path / "a.tif", channels=1).to_tensor().unique().tolist() == [0, 255]
 
 
 def test_folders_hold_any_of_them(tmp_path):
@@ -136,6 +139,5 @@ def test_folders_hold_any_of_them(tmp_path):
     with pytest.raises(DatasetError) as error:
         make_dataset(f"ImageFolder:root='{tmp_path}'")[2]
     assert str(error.value) == (
-        f"image 2 ({tmp_path}/c.tif) cannot be read: 1 of its 48 values are NaN or infinite; "
-        "mend the file or leave it out"
+        f"image 2 ({tmp_path}/c.tif) cannot be read: 1 of its numbers are NaN or infinite; fill them in before training"
     )

@@ -1,16 +1,16 @@
 """TIFF files with pixels that Pillow cuts to 8 bits or cannot range: 32-bit and float grey, 16-bit colour.
 
-Values of 32 bits and floats are windowed to 16 bits: smallest of the image to 0, largest to 65535. Integers that fit
+Numbers of 32 bits and floats are windowed to 16 bits: smallest of the image to 0, largest to 65535. Integers that fit
 into 16 bits already are left as they are. `EMFolder` offers other windows and reads parts of large files.
 """
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from dinov2.data.datasets.array_image import ArrayImage, Plane, Scaling
 from dinov2.data.datasets.decoders import (
     MAX_IMAGE_PIXELS,
     EncodedImage,
@@ -20,12 +20,10 @@ from dinov2.data.datasets.decoders import (
     turn_upright,
 )
 from dinov2.data.datasets.tiff import TiffArray
-from dinov2.errors import DatasetError
 
 _SUFFIXES = (".tif", ".tiff")
 _UINT16_MAX = 65535
-_WIDEN = 257  # from 8 to 16 bits
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
+_WHOLE_RANGE = Scaling("percentile", 0, 100)
 _SWAPPED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
@@ -79,14 +77,13 @@ class WideTiff:
         orientation: int = 1,
     ) -> None:
         pillow_mode(channels)
-        self._path = Path(path)
         self.channels = channels
-        self.bits = bits
+        self._path = path
+        self._bits = bits
         self._max_image_pixels = max_image_pixels
         self._orientation = orientation
-        array = TiffArray(path, max_image_pixels=max_image_pixels)
-        array.close()
-        height, width = (array.shape[array.axes.index(axis)] for axis in "YX")
+        with self._plane() as plane:
+            width, height = plane.width, plane.height
         require_image_pixels(width, height, max_image_pixels)
         self.width, self.height = (height, width) if orientation in _SWAPPED else (width, height)
 
@@ -96,46 +93,33 @@ class WideTiff:
         Raises:
             DatasetError: the file is damaged, or has pixels that are no numbers.
         """
-        pixels = to_integers(self._read())
-        pixels = pixels[:1] if len(pixels) < 3 else pixels[:3]
-        if len(pixels) == 3 and self.channels == 1:
-            pixels = np.round(np.tensordot(_LUMA, pixels, axes=1)[None]).astype(pixels.dtype)
-        if pixels.dtype == np.uint8 and self.bits == 16:
-            pixels = pixels.astype(np.uint16) * _WIDEN
-        elif pixels.dtype == np.uint16 and self.bits == 8:
-            pixels = np.round(pixels * (255 / _UINT16_MAX)).astype(np.uint8)
-        upright = turn_upright(torch.from_numpy(np.ascontiguousarray(pixels)), self._orientation)
-        return upright.expand(self.channels, -1, -1).contiguous()
+        with self._plane() as plane:
+            image = ArrayImage(
+                plane,
+                scaling=_WHOLE_RANGE,
+                window=lambda: _window(plane),
+                channels=self.channels,
+                bits=self._bits,
+                max_image_pixels=self._max_image_pixels,
+            )
+            return turn_upright(image.to_tensor(), self._orientation)
 
-    def _read(self) -> np.ndarray:
-        """Samples of the first page, [S, Y, X]."""
+    @contextmanager
+    def _plane(self) -> Iterator[Plane]:
+        """Open the first page."""
         array = TiffArray(self._path, max_image_pixels=self._max_image_pixels)
         try:
-            box = [slice(0, size if axis in "YXS" else 1) for axis, size in zip(array.axes, array.shape, strict=True)]
-            pixels = array.read(box)
-            axes = [array.axes.index(axis) for axis in "SYX" if axis in array.axes]
+            samples = "S" if "S" in array.axes else None
+            fixed = {axis: 0 for axis in array.axes if axis not in "YXS"}
+            yield Plane(array, rows="Y", columns="X", channels=samples, fixed=fixed, drops_alpha=True)
         finally:
             array.close()
-        others = [axis for axis in range(pixels.ndim) if axis not in axes]
-        shape = [pixels.shape[axis] for axis in axes]
-        return pixels.transpose(*others, *axes).reshape(shape if len(shape) == 3 else [1, *shape])
 
 
-def to_integers(pixels: np.ndarray) -> np.ndarray:
-    """Turn pixels of any type to uint8, if they are, or uint16; wider ones are windowed to their own range.
-
-    Raises:
-        DatasetError: some are no numbers.
-    """
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8) * 255
-    if pixels.dtype in (np.uint8, np.uint16):
-        return pixels
-    strange = pixels.size - int(np.isfinite(pixels).sum())
-    if strange:
-        raise DatasetError(f"{strange} of its {pixels.size} values are NaN or infinite; mend the file or leave it out")
-    low, high = float(pixels.min()), float(pixels.max())
-    if pixels.dtype.kind in "iu" and low >= 0 and high <= _UINT16_MAX:
-        return pixels.astype(np.uint16)
-    scale = _UINT16_MAX / (high - low) if high > low else 0.0
-    return np.round((pixels.astype(np.float64) - low) * scale).astype(np.uint16)
+def _window(plane: Plane) -> tuple[float, float]:
+    """Numbers that become 0 and full scale."""
+    dtype = plane.array.dtype
+    if dtype.kind in "ub" and dtype.itemsize <= 2:
+        return 0, (1 << (8 * dtype.itemsize if dtype.kind == "u" else 1)) - 1
+    low, high = _WHOLE_RANGE.window(plane)
+    return (0, _UINT16_MAX) if dtype.kind in "iu" and low >= 0 and high <= _UINT16_MAX else (low, high)
