@@ -115,10 +115,13 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
             return None
         groups = self.groups()
         if groups is None:
-            raise ConfigError(
-                f"dataset {type(self).__name__}: one_per_group=true needs groups, and there are none; set split_by"
-            )
+            raise self.no_groups()
         return groups
+
+    def no_groups(self) -> ConfigError:
+        """Error about groups that are needed and not there."""
+        name = type(self).__name__
+        return ConfigError(f"dataset {name}: one_per_group=true needs groups, and there are none; set split_by")
 
     def columns(self) -> dict[str, Callable[[], np.ndarray]]:
         """What computes each column of `metadata`; a subclass adds its own, such as group, plate or well."""

@@ -61,6 +61,7 @@ class FolderImages(ExtendedVisionDataset):
             ConfigError: `split_by` names no kind of group.
             DatasetError: the folder is missing, holds no image that can be read, or lacks a class.
         """
+        self._prepare_groups()
         self.root = os.path.expanduser(root)
         files = scan_images(
             self.root, cache_dir=self.cache_dir, folders=folders, exclude=exclude, extensions=extensions
@@ -80,7 +81,7 @@ class FolderImages(ExtendedVisionDataset):
             ConfigError: `split_by` names no kind of group.
             DatasetError: no image can be read, or a class is missing.
         """
-        self._group_of = _grouping(self.split_by, type(self).__name__)
+        self._prepare_groups()
         self.files = files
         paths: Strings = files["path"]
         split = self.split if split_by_hash else "all"
@@ -154,6 +155,12 @@ class FolderImages(ExtendedVisionDataset):
     def columns(self) -> dict[str, Callable[[], np.ndarray]]:
         columns = super().columns()
         return columns if self._is_ungrouped() else columns | {"group": self._group_names}
+
+    def _prepare_groups(self) -> None:
+        """Read `split_by`, before anything that takes time."""
+        self._group_of = _grouping(self.split_by, type(self).__name__)
+        if self.one_per_group and self._is_ungrouped():
+            raise self.no_groups()
 
     def _is_ungrouped(self) -> bool:
         return self.split_by in (None, "path")
