@@ -126,6 +126,10 @@ class EMFolder(ExtendedVisionDataset):
         """File, with plane and tile if it has several."""
         return self._name(*self._place(index))
 
+    def file(self, index: int) -> str:
+        """File that an image is in."""
+        return self._files.path(self._place(index)[0])
+
     def get_target(self, index: int) -> int | None:
         return self._files.get_target(self._place(index)[0])
 

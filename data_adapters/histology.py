@@ -35,6 +35,7 @@ from data_adapters.histology_tables import tiles_of_folders, tiles_of_table
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.folder_images import comma_list
 from dinov2.data.datasets.image_source import ImageSource
+from dinov2.data.datasets.wide_tiff import open_image_file
 from dinov2.data.index import Index
 from dinov2.data.splits import SPLITS
 from dinov2.data.stain import TARGET_MEANS_LAB, TARGET_STDS_LAB, reinhard
@@ -175,7 +176,12 @@ class Histology(ExtendedVisionDataset):
 
     def raw_image(self, index: int) -> ImageSource:
         """Tile with the stain it was scanned with."""
-        return super().encoded_image(index)
+        settings = {"channels": self.channels, "max_image_pixels": self.max_image_pixels, "bits": self.bits}
+        path = self.path(index)
+        try:
+            return open_image_file(path, self.get_image_data(index), **settings)
+        except OSError as error:
+            raise DatasetError(error.strerror or str(error)) from error
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self._rows):

@@ -89,6 +89,7 @@ def test_slices_of_a_stack_are_images(tmp_path, name):
     for index in range(5):
         assert np.array_equal(pixels(dataset, index), values[index])
         assert dataset.path(index) == f"{tmp_path}/{name}, slice {index}"
+        assert dataset.file(index) == f"{tmp_path}/{name}"
     source = dataset.encoded_image(2)
     assert isinstance(source, RegionSource) and (source.height, source.width) == (24, 40)
     assert np.array_equal(source.read_region(3, 5, 7, 9)[0].numpy(), values[2, 3:10, 5:14])

@@ -3,6 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from support.images import encode, photo, write_photos
@@ -336,6 +337,14 @@ def test_stain_is_normalised_before_the_crops_and_by_the_named_target(tmp_path):
         assert torch.equal(dataset[0][0], expected)
         assert torch.equal(dataset.raw_image(0).to_tensor(), torch.from_numpy(pixels).permute(2, 0, 1))
         assert tissue_statistics(pixels) != tissue_statistics(expected.permute(1, 2, 0).numpy())
+
+
+def test_colour_of_sixteen_bits_is_normalised_too(tmp_path):
+    values = np.array(photo(size=(20, 16)).convert("RGB"))
+    (tmp_path / "A").mkdir()
+    tifffile.imwrite(tmp_path / "A" / "x.tif", values.astype(np.uint16) * 257, photometric="rgb")
+    found = histology(root=tmp_path, stain_norm="reinhard")[0][0]
+    assert torch.equal(found, torch.from_numpy(reinhard(values)).permute(2, 0, 1))
 
 
 def test_a_white_tile_trains_along(tmp_path):
