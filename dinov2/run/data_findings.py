@@ -31,6 +31,7 @@ def judge_set(checked: CheckedSet, found: dict[str, Any], cfg: Config) -> Findin
     findings = Findings()
     _judge_readability(checked, findings, skips=cfg.train.on_bad_image == "skip")
     _judge_kinds(checked, findings, in_chans=cfg.student.in_chans)
+    _judge_areas(checked, findings, cfg)
     warn = findings.warnings.append
     name, duplicates = checked.name, found["duplicates"]
     if duplicates["num_images"]:
@@ -96,6 +97,20 @@ def _judge_kinds(checked: CheckedSet, findings: Findings, *, in_chans: int) -> N
     if facts.num_grey and facts.num_grey == readable and in_chans > 1:
         findings.warnings.append(
             f"all images of {name} are grey in {in_chans} equal channels; student.in_chans=1 says the same with less"
+        )
+
+
+def _judge_areas(checked: CheckedSet, findings: Findings, cfg: Config) -> None:
+    """Look for images that are read in parts, and are too large for the parts that training asks for."""
+    facts, limit, share = checked.facts, cfg.data.max_image_pixels, cfg.crops.global_crops_scale[1]
+    areas = facts.height.astype(np.int64) * facts.width
+    places = np.flatnonzero(areas * share > limit) if limit is not None else np.empty(0, dtype=np.int64)
+    if len(places):
+        first = checked.path(int(facts.indices[places[0]]))
+        findings.problems.append(
+            f"{checked.name}: {count(len(places), 'image')} may need global crops of more than "
+            f"data.max_image_pixels={limit}; the first is {first}; take tiles where the dataset has tile_px=, lower "
+            f"crops.global_crops_scale, or raise the limit"
         )
 
 

@@ -263,6 +263,20 @@ def test_a_huge_image_is_read_in_parts(tmp_path, capsys):
     np.testing.assert_allclose(report["sets"][0]["mean"], [99.5 / 255], atol=1e-12)
 
 
+def test_a_huge_image_whose_crops_are_too_large_is_a_problem(tmp_path, capsys):
+    name = f"{ODD}:kinds=huge"
+    options = ("student.in_chans=1", IN_ONE_PROCESS, "data.max_image_pixels=19999999")
+    code, _, errors, _ = check(capsys, tmp_path, "--dataset", name, *options)
+    assert (code, errors) == (
+        1,
+        [
+            f"error: {name}: 1 image may need global crops of more than data.max_image_pixels=19999999; the first is "
+            "image 0; take tiles where the dataset has tile_px=, lower crops.global_crops_scale, or raise the limit"
+        ],
+    )
+    assert check(capsys, tmp_path, "--dataset", name, *options, "crops.global_crops_scale=[0.3, 0.9]")[0] == 0
+
+
 def test_what_one_probably_wants_to_know_is_a_warning(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for number in range(3):
