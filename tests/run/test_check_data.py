@@ -353,8 +353,14 @@ def test_keys_behind_a_list_of_sets_are_keys(tmp_path, capsys):
     assert [found["channels"] for found in report["sets"]] == [{"1": 5}, {"1": 5}]
 
 
-def test_the_program_runs_from_the_command_line(tmp_path):
-    argv = [sys.executable, ROOT / "run" / "check_data.py", "--dataset", "Digits", "--sample", "10"]
-    done = subprocess.run(argv, capture_output=True, text=True)
+def test_the_program_knows_dataset_classes_of_the_current_folder(tmp_path):
+    Path("mylab.py").write_text("from support.odd_images import OddImages\n\n\nclass Mine(OddImages):\n    pass\n")
+    argv = [sys.executable, ROOT / "run" / "check_data.py", "--dataset", "mylab.Mine:kinds=u8"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["check_data.json", "check_data.png"]
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "check_data.json",
+        "check_data.png",
+        "mylab.py",
+    ]

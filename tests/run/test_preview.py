@@ -1,5 +1,6 @@
 """`run/preview.py`: the pictures are those of training; sentences and exit codes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -191,8 +192,10 @@ def test_no_picture_goes_into_the_data(photos, capsys):
     )
 
 
-def test_the_program_runs_from_the_command_line(tmp_path):
-    argv = [sys.executable, ROOT / "run" / "preview.py", "--dataset", "Digits", "--num-images", "1"]
-    done = subprocess.run(argv, capture_output=True, text=True)
+def test_the_program_knows_dataset_classes_of_the_current_folder(tmp_path):
+    Path("mylab.py").write_text("from support.odd_images import OddImages\n\n\nclass Mine(OddImages):\n    pass\n")
+    argv = [sys.executable, ROOT / "run" / "preview.py", "--dataset", "mylab.Mine:kinds=u8", "--num-images", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["preview.png"]
+    assert (tmp_path / "here" / "preview.png").is_file()
