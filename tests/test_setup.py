@@ -30,4 +30,5 @@ def test_every_dependency_that_make_installs_is_pinned():
 
 
 def test_extras():
-    assert {"test", "xformers", "tensorboard", "wandb", "onnx"} <= set(PACKAGE.metadata.get_all("Provides-Extra"))
+    named = {"test", "xformers", "tensorboard", "wandb", "onnx", "tiff", "mrc", "hdf5", "zarr"}
+    assert named <= set(PACKAGE.metadata.get_all("Provides-Extra"))

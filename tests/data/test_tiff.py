@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import tifffile
+from support.tiff_files import sparse_tiff
 
 from dinov2.data.datasets.tiff import TiffArray
 from dinov2.errors import DatasetError
@@ -118,37 +119,6 @@ def test_white_as_zero_and_palettes_become_brightness(tmp_path):
     assert np.array_equal(palette.read(whole(palette)), 255 - values)
 
 
-def sparse_tiff(path, *, side=100_000, tile=256):
-    """A tiled TIFF of side x side px of which only one tile is stored; tags written by hand, as no writer would."""
-    across = -(-side // tile)
-    place = 8
-    pixels = np.full((tile, tile), 7, np.uint8).tobytes()
-    counts_at = place + len(pixels)
-    offsets_at = counts_at + 4 * across**2
-    index = 3 * across + 5
-    counts, offsets = np.zeros(across**2, "<u4"), np.zeros(across**2, "<u4")
-    counts[index], offsets[index] = len(pixels), place
-    tags = [
-        (256, 4, 1, side),
-        (257, 4, 1, side),
-        (258, 3, 1, 8),
-        (259, 3, 1, 1),
-        (262, 3, 1, 1),
-        (322, 3, 1, tile),
-        (323, 3, 1, tile),
-        (324, 4, across**2, offsets_at),
-        (325, 4, across**2, counts_at),
-    ]
-    directory = len(tags).to_bytes(2, "little")
-    for tag, kind, count, value in tags:
-        directory += tag.to_bytes(2, "little") + kind.to_bytes(2, "little")
-        directory += count.to_bytes(4, "little") + value.to_bytes(4, "little")
-    at = offsets_at + 4 * across**2
-    header = b"II*\0" + at.to_bytes(4, "little")
-    path.write_bytes(header + pixels + counts.tobytes() + offsets.tobytes() + directory + bytes(4))
-    return path
-
-
 def test_a_region_of_a_huge_tiled_file_needs_its_tiles_alone(tmp_path):
     array = TiffArray(sparse_tiff(tmp_path / "a.tif"), max_image_pixels=1_000_000)
     assert array.shape == (100_000, 100_000)
@@ -191,13 +161,13 @@ def test_a_page_or_pixel_out_of_range_is_named(tmp_path):
 def test_truncated_files_have_a_sentence(tmp_path):
     for number, (options, expected) in enumerate(
         (
-            ({}, "the file is truncated: after 1 pages another should follow; copy it anew"),
-            ({"metadata": None, "compression": "zlib"}, "the file is truncated: after 4 pages another should follow"),
+            ({}, "the file is truncated: page 1 is cut off; copy it anew"),
+            ({"metadata": None, "compression": "zlib"}, "the file is truncated: page 4 is cut off; copy it anew"),
         )
     ):
         path = write(tmp_path / f"{number}.tif", numbers(5, 50, 60), **options)
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-        assert sentence(path).startswith(expected)
+        assert sentence(path) == expected
     path = write(tmp_path / "c.tif", numbers(50, 60))
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-10])
@@ -206,6 +176,22 @@ def test_truncated_files_have_a_sentence(tmp_path):
     assert "damaged or unknown TIFF file" in sentence(path)
     path.write_bytes(b"")
     assert sentence(path).startswith("damaged or unknown TIFF file (not a TIFF file")
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"byteorder": ">"}])
+def test_pages_that_lead_round_in_a_circle_have_a_sentence(tmp_path, options):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path, **options) as file:
+        for page in numbers(120, 4, 5, dtype=np.uint8):
+            file.write(page, contiguous=False, metadata=None)
+    with tifffile.TiffFile(path) as file:
+        start, end = file.pages[110].offset, file.pages.next_page_offset
+        order = {"<": "little", ">": "big"}[file.byteorder]
+        length = file.tiff.offsetsize
+    content = bytearray(path.read_bytes())
+    content[end : end + length] = start.to_bytes(length, order)
+    path.write_bytes(bytes(content))
+    assert sentence(path) == "damaged TIFF file: page 120 leads back to one before it"
 
 
 def test_damaged_pixels_and_missing_files_have_a_sentence(tmp_path):

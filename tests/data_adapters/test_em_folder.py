@@ -12,9 +12,10 @@ import torch
 import zarr
 from PIL import Image
 from support.images import encode, photo
+from support.tiff_files import sparse_tiff
 from support.training import losses_of, metrics_of, train
 
-from dinov2.data import make_dataset
+from dinov2.data import DataAugmentationDINO, make_dataset
 from dinov2.data.datasets.image_source import RegionSource
 from dinov2.errors import ConfigError, DatasetError
 
@@ -220,6 +221,20 @@ def test_a_file_larger_than_the_limit_is_read_in_parts(tmp_path):
     assert whole.encoded_image(0).read_region(100, 100, 50, 50).shape == (1, 50, 50)
     tiles = em_folder(tmp_path, max_image_pixels=20_000, scaling="dtype", tile_px=100)
     assert len(tiles) == 12 and tiles[11][0].shape == (1, 100, 100)
+
+
+def test_a_header_of_100000_by_100000_px_is_read_by_region_alone(tmp_path):
+    sparse_tiff(tmp_path / "a.tif")
+    whole = em_folder(tmp_path, max_image_pixels=178_956_970)
+    assert reading(whole) == (
+        "image 0 (ROOT/a.tif) cannot be read: 100000 x 100000 pixels at once are more than "
+        "data.max_image_pixels=178956970; set tile_px= to take the image in parts, or raise the limit"
+    )
+    augmentation = DataAugmentationDINO((1e-6, 1e-4), (1e-7, 1e-6), 4, 32, 16, in_chans=1)
+    assert augmentation.crop(whole.encoded_image(0), seed=0)["global_crops"][1].shape == (1, 32, 32)
+    tiles = em_folder(tmp_path, tile_px=256)
+    assert len(tiles) == 391**2
+    assert (tiles[3 * 391 + 5][0] == 7).all() and not tiles[3 * 391 + 6][0].any()
 
 
 def test_folders_are_labels_and_a_file_is_never_in_two_splits(tmp_path):

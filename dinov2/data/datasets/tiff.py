@@ -11,10 +11,11 @@ import itertools
 import logging
 import math
 import os
+import struct
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -23,6 +24,7 @@ from dinov2.data.datasets.decoders import MAX_IMAGE_PIXELS
 from dinov2.errors import DatasetError
 
 _PLANE = "YX"
+_BIG_TIFF = 43  # the number after the byte order; 42 in others
 _MIN_IS_WHITE, _PALETTE, _CMYK = 0, 3, 5  # values of the tag PhotometricInterpretation
 # Other files that a file's metadata name are never opened, so that no path leaves the dataset's folder. tifffile's
 # constructor offers no public name for the first.
@@ -50,6 +52,8 @@ class TiffArray:
         self._max_pixels = max_image_pixels
         self._path = os.fspath(path)
         with _damaged(), _silent():
+            with open(self._path, "rb") as file:
+                _require_whole_chain(file)
             self._file = tifffile.TiffFile(self._path, **_ONE_FILE)
         try:
             with _damaged(), _silent():
@@ -61,7 +65,6 @@ class TiffArray:
 
     def _open(self) -> None:
         """Find the first series and how it is read."""
-        self._require_all_pages()
         self._series = self._file.series[0]
         page = self._series.keyframe
         self.axes = str(self._series.axes)
@@ -104,16 +107,6 @@ class TiffArray:
             else:
                 pixels = self._read_pages(box[: self._num_outer], box[self._num_outer :])
         return self._brightness(pixels)
-
-    def _require_all_pages(self) -> None:
-        """Refuse a file cut off before its last page, of which tifffile gives the others."""
-        place = self._file.pages.next_page_offset
-        size = self._file.tiff.offsetsize
-        following = os.pread(self._file.filehandle.fileno(), size, place or 0)
-        if len(following) < size or any(following):
-            raise DatasetError(
-                f"the file is truncated: after {len(self._file.pages)} pages another should follow; copy it anew"
-            )
 
     def _map(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
         """Map pixels that lie in one piece."""
@@ -212,6 +205,37 @@ class TiffArray:
             source.append(slice(low - first, high - first))
             target.append(slice(low - part.start, high - part.start))
         pixels[tuple(target)] = segment[tuple(source)]
+
+
+def _require_whole_chain(file: BinaryIO) -> None:
+    """Follow the pages' directories to the last; tifffile goes round circles of them, and drops pages that are cut off.
+
+    A file whose start is not that of a TIFF file is left to tifffile.
+
+    Raises:
+        DatasetError: they lead out of the file or round in a circle.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(start[:2])
+    if order is None or len(start) < 8:
+        return
+    is_big = struct.unpack(f"{order}H", start[2:4])[0] == _BIG_TIFF
+    count_format, place_format, tag_size = (f"{order}Q", f"{order}Q", 20) if is_big else (f"{order}H", f"{order}I", 12)
+    place = struct.unpack(place_format, start[8:16] if is_big else start[4:8])[0]
+    seen: set[int] = set()
+    while place:
+        if place in seen:
+            raise DatasetError(f"damaged TIFF file: page {len(seen)} leads back to one before it")
+        seen.add(place)
+        try:
+            file.seek(min(place, size))
+            num_tags = struct.unpack(count_format, file.read(struct.calcsize(count_format)))[0]
+            file.seek(min(file.tell() + num_tags * tag_size, size))
+            place = struct.unpack(place_format, file.read(struct.calcsize(place_format)))[0]
+        except struct.error as error:
+            raise DatasetError(f"the file is truncated: page {len(seen) - 1} is cut off; copy it anew") from error
 
 
 def _is_one_piece(page: Any) -> bool:
