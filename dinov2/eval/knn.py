@@ -94,9 +94,11 @@ def _run(argv: Sequence[str] | None) -> int:
         setup_logging(args.output_dir, rank=env.rank)
         for note in (*cfg.notes, *cfg.refusals):  # what training refuses does not matter here, but may surprise
             logger.info("%s", note)
-        evaluate = build_evaluation(cfg, device=env.device)
-        backbone = load_frozen_backbone(
-            cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=env.device
+        evaluate = distributed.on_every_rank(lambda: build_evaluation(cfg, device=env.device))
+        backbone = distributed.on_every_rank(
+            lambda: load_frozen_backbone(
+                cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=env.device
+            )
         )
         result = evaluate(backbone, n_per_class_list=args.n_per_class_list, n_tries=args.n_tries, show_progress=True)
         if env.rank == 0:

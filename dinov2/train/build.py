@@ -12,8 +12,8 @@ import torch
 
 from dinov2.configs import Config, batch_size_per_rank, config_digest, to_dict
 from dinov2.data import DataAugmentationDINO, make_data_loader, make_dataset
-from dinov2.distributed import Environment
-from dinov2.errors import ConfigError
+from dinov2.distributed import Environment, all_gather_objects
+from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.build import DTYPES, compute_dtype
 from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.logging import MetricLogger
@@ -112,6 +112,16 @@ def build_dataset(cfg: Config, *, output_dir: Path) -> Any:
         cache_dir=cfg.data.cache_dir or str(output_dir / "cache"),
         max_image_pixels=cfg.data.max_image_pixels,
     )
+
+
+def require_equal_sizes(dataset: Any) -> None:
+    """Raise DatasetError on all ranks if they see different numbers of images."""
+    sizes = all_gather_objects(len(dataset))
+    if len(set(sizes)) > 1:
+        raise DatasetError(
+            f"the processes find different numbers of images ({', '.join(map(str, sizes))}): the data changed while "
+            f"they were opened, or a node sees another folder; start again once all see the same"
+        )
 
 
 def build_batches(

@@ -16,6 +16,7 @@ from torch import Tensor
 from dinov2 import distributed
 from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset, require_trainable
 from dinov2.configs.run_sections import TrainConfig
+from dinov2.data import pass_size
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
 from dinov2.logging import end_program, peak_memory_gib, plot_training_curves, run_program, setup_logging
@@ -32,6 +33,7 @@ from dinov2.train.build import (
     build_optimizer,
     build_schedules,
     plan_run,
+    require_equal_sizes,
     seed_global_generators,
 )
 from dinov2.train.evaluation import TeacherEvaluation
@@ -132,8 +134,9 @@ def do_train(
         Dinov2Error: settings, data, weights or the run itself do not allow to go on.
     """
     dataset = on_every_rank(lambda: build_dataset(cfg, output_dir=output_dir))
-    plan = plan_run(cfg, dataset_size=len(dataset), world_size=env.world_size)
-    evaluate = TeacherEvaluation(cfg, env, output_dir=output_dir)
+    require_equal_sizes(dataset)
+    plan = plan_run(cfg, dataset_size=pass_size(dataset), world_size=env.world_size)
+    evaluate = on_every_rank(lambda: TeacherEvaluation(cfg, env, output_dir=output_dir))
     seed_global_generators(cfg.train.seed + env.rank)
     model = build_model(cfg, device=env.device)
     optimizer = build_optimizer(cfg, model)

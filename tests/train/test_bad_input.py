@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.dist import run_distributed
 from support.images import write_photos
 from support.training import PROGRAM, TINY_RUN, metrics_of, train, train_on_ranks
 
 from dinov2.data.registry import known_datasets
+from dinov2.distributed import get_rank
+from dinov2.errors import DatasetError
 from dinov2.logging import run_program
+from dinov2.train.build import require_equal_sizes
 from dinov2.train.train import main
 
 IMAGE_FOLDER_KEYS = (
@@ -350,3 +354,19 @@ def test_each_sentence_is_shown_once_by_the_real_program(tmp_path):
     assert done.stderr == (
         "error: unknown key optim.epoch on the command line; the nearest known key is optim.epochs\n"
     )
+
+
+def sizes_differ():
+    try:
+        require_equal_sizes(range(3 + get_rank()))
+    except DatasetError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+def test_ranks_that_see_different_data_all_stop():
+    assert run_distributed(sizes_differ) == 2 * [
+        "the processes find different numbers of images (3, 4): the data changed while they were opened, or a node sees "
+        "another folder; start again once all see the same"
+    ]
