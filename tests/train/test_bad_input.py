@@ -367,6 +367,6 @@ def sizes_differ():
 @pytest.mark.dist
 def test_ranks_that_see_different_data_all_stop():
     assert run_distributed(sizes_differ) == 2 * [
-        "the processes find different numbers of images (3, 4): the data changed while they were opened, or a node sees "
-        "another folder; start again once all see the same"
+        "the processes find different numbers of images (3, 4): the data changed while they were opened, or a node "
+        "sees another folder; start again once all see the same"
     ]
