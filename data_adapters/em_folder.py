@@ -114,9 +114,8 @@ class EMFolder(ExtendedVisionDataset):
         )
         self._files = _Files(self, files, label_level, comma_list(classes, "dataset EMFolder: classes"))
         self._planes, heights, widths = self._find_shapes(files)
-        num_tiles = (
-            1 if tile_px is None else np.maximum(1, -(-heights // tile_px)) * np.maximum(1, -(-widths // tile_px))
-        )
+        side = tile_px or np.maximum(heights, widths).clip(min=1)
+        num_tiles = np.maximum(1, -(-heights // side)) * np.maximum(1, -(-widths // side))
         self._ends = np.cumsum(self._planes * num_tiles)  # number of the image after the last of each file
 
     def __len__(self) -> int:
@@ -209,9 +208,8 @@ class EMFolder(ExtendedVisionDataset):
 
     def _plane(self, file: int, number: int) -> Plane:
         """Plane of a file by its number among those that are used."""
-        return Cut.through(self._opened[self._files.path(file)], self._axis, self._channel_axis).plane(
-            number, self._slices
-        )
+        array = self._opened[self._files.path(file)]
+        return Cut.through(array, self._axis, self._channel_axis).plane(number, self._slices)
 
     def _window(self, file: int, number: int, plane: Plane) -> tuple[float, float]:
         """Window of a plane, kept so that its other tiles and the next pass need not look for it again."""
@@ -232,18 +230,25 @@ class EMFolder(ExtendedVisionDataset):
                 found[row] = self._shape(os.path.join(self.root, os.fsdecode(path)))
             return Index({"planes": found[:, 0], "height": found[:, 1], "width": found[:, 2]})
 
+        def is_current(index: Index) -> bool:
+            """Tell whether the first file that could not be read still cannot, as for want of a package."""
+            unread = np.flatnonzero(index["planes"] == 0)
+            return not len(unread) or self._shape(os.path.join(self.root, os.fsdecode(paths[int(unread[0])])))[0] == 0
+
         settings = [self._axis, self._channel_axis, self._slices.start, self._slices.stop, self._array]
         shapes = stored_index(
             None if files.path is None else self.cache_dir,
             name="planes",
             key=["planes", 1, files.digest, *settings, self._axes_letters, self.tile_px is not None],
             build=measure,
+            is_current=is_current,
         )
         rows = np.fromiter((self._files.row(file) for file in range(len(self._files))), dtype=np.int64)
-        return shapes["planes"][rows], shapes["height"][rows], shapes["width"][rows]
+        # a file that cannot be read counts as one image, whose use will say so
+        return np.maximum(shapes["planes"][rows], 1), shapes["height"][rows], shapes["width"][rows]
 
     def _shape(self, path: str) -> tuple[int, int, int]:
-        """Planes, height and width of a file; one plane without pixels if it cannot be read, which its use will say."""
+        """Planes, height and width of a file; no plane if it cannot be read, no size where none is needed."""
         try:
             if _is_picture(path):
                 if self.tile_px is None:
@@ -258,17 +263,16 @@ class EMFolder(ExtendedVisionDataset):
             finally:
                 array.close()
         except DatasetError:
-            return 1, 0, 0
+            return 0, 0, 0
 
     def _part(self, height: int, width: int, tile: int) -> tuple[int, int, int, int] | None:
         """Top, left, height and width of a tile; those at the edges are moved inside."""
         if self.tile_px is None:
             return None
         row, column = divmod(tile, max(1, -(-width // self.tile_px)))
-        tops = [
-            max(0, min(place * self.tile_px, size - self.tile_px)) for place, size in ((row, height), (column, width))
-        ]
-        return tops[0], tops[1], min(self.tile_px, height), min(self.tile_px, width)
+        top = max(0, min(row * self.tile_px, height - self.tile_px))
+        left = max(0, min(column * self.tile_px, width - self.tile_px))
+        return top, left, min(self.tile_px, height), min(self.tile_px, width)
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """File, plane and tile of an image."""

@@ -261,13 +261,24 @@ def test_folders_are_labels_and_a_file_is_never_in_two_splits(tmp_path):
 def test_headers_are_read_once_and_kept_in_the_cache(tmp_path):
     (tmp_path / "data").mkdir()
     tifffile.imwrite(tmp_path / "data" / "a.tif", stack(3, 8, 9), photometric="minisblack")
-    os.utime(tmp_path / "data", (0, 0))
     first = em_folder(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
     names = sorted(os.listdir(tmp_path / "cache" / "index"))
     assert any(name.startswith("planes-") and name.endswith(".index") for name in names)
     again = em_folder(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
     assert len(first) == len(again) == 3
     assert os.listdir(tmp_path / "data") == ["a.tif"]
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path):
+    (tmp_path / "data").mkdir()
+    tifffile.imwrite(tmp_path / "data" / "a.tif", stack(8, 9))
+    tifffile.imwrite(tmp_path / "data" / "b.tif", stack(3, 8, 9), photometric="minisblack", compression="lzw")
+    content = (tmp_path / "data" / "b.tif").read_bytes()
+    (tmp_path / "data" / "b.tif").write_bytes(b"")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    assert len(em_folder(tmp_path / "data", **options)) == 2
+    (tmp_path / "data" / "b.tif").write_bytes(content)  # which does not change the folder
+    assert len(em_folder(tmp_path / "data", **options)) == 4
 
 
 def test_one_bad_file_among_good_ones_is_an_error_where_it_is_read(tmp_path):
