@@ -40,6 +40,10 @@ def part_of(batch: dict, rank: int, world_size: int) -> dict:
     }
 
 
+def every_case() -> dict[str, dict]:
+    return {strategy: train_some_steps(strategy, overrides) for strategy, overrides in CASES.items()}
+
+
 def train_some_steps(strategy: str, overrides: list[str]) -> dict:
     # With the usual LayerScale of 1e-5, class tokens of all images start so close that KoLeo amplifies float noise.
     overrides = [*overrides, "dino.koleo_loss_distributed=true", "student.layerscale=0.5"]
@@ -71,13 +75,16 @@ def _centres(model) -> dict:
     return {"dino_center": model.dino_loss.center, "ibot_center": model.ibot_patch_loss.center}
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    return run_distributed(every_case, num_processes=2)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", CASES)
-def test_two_ranks_equal_one(strategy):
+def test_two_ranks_equal_one(on_two_ranks, strategy):
     single = train_some_steps(strategy, CASES[strategy])
-    ranks = run_distributed(
-        train_some_steps, num_processes=2, args={"strategy": strategy, "overrides": CASES[strategy]}
-    )
+    ranks = [cases[strategy] for cases in on_two_ranks]
     mean_losses = torch.stack([rank["losses"] for rank in ranks]).mean(0)
     torch.testing.assert_close(mean_losses, single["losses"], rtol=1e-4, atol=0)
     for rank in ranks:

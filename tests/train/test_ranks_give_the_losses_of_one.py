@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import DINOV3_RUN, losses_of, train, train_on_ranks
+from support.training import DINOV3_RUN, losses_of, train, train_in_turns, train_on_ranks
 
 COMMON = [
     "train.global_batch_size=16",
@@ -27,13 +27,27 @@ CASES = {
 STRATEGIES = {"centering": "NO_SHARD", "sinkhorn": "SHARD_GRAD_OP", "workers": "FULL_SHARD", "dinov3": "FULL_SHARD"}
 
 
+UNDER_TORCHRUN = "sinkhorn"
+
+
+def options_of(case):
+    return [*COMMON, *CASES[case], f"compute_precision.sharding_strategy={STRATEGIES[case]}"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    done = train_on_ranks(folder / UNDER_TORCHRUN, *options_of(UNDER_TORCHRUN))
+    assert done.returncode == 0, done.stderr
+    assert (folder / UNDER_TORCHRUN / "logs" / "log.txt.rank1").exists()
+    train_in_turns([(folder / case, options_of(case)) for case in CASES if case != UNDER_TORCHRUN])
+    return folder
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_steps(tmp_path, case):
-    options = [*COMMON, *CASES[case], f"compute_precision.sharding_strategy={STRATEGIES[case]}"]
-    assert train(tmp_path / "one", *options) == 0
-    done = train_on_ranks(tmp_path / "two", *options)
-    assert done.returncode == 0, done.stderr
-    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+def test_twenty_steps(tmp_path, two_ranks, case):
+    assert train(tmp_path, *options_of(case)) == 0
+    one, two = losses_of(tmp_path), losses_of(two_ranks / case)
     assert len(one.unique()) == 20
     torch.testing.assert_close(two, one, rtol=1e-4, atol=0)

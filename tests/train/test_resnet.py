@@ -1,18 +1,13 @@
 """ResNets as students: batch statistics of student and teacher, resuming, several processes."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-from support.dist import run_distributed
 from support.meta_arch import tiny_arch
-from support.training import TINY_RUN, assert_equal, assert_same_state, losses_of, metrics_of, train
+from support.training import assert_equal, assert_same_state, losses_of, metrics_of, train, train_in_turns
 
-from dinov2 import distributed
-from dinov2.configs import load_config
 from dinov2.data import DataAugmentationDINO
-from dinov2.train.train import do_train
 
 RESNET = (
     "student.arch=resnet18",
@@ -90,47 +85,44 @@ def test_a_cancelled_step_leaves_the_statistics_of_the_step_before(tmp_path, mon
     assert_equal(before, after, where="model")
 
 
-def test_four_steps_equal_two_a_stop_and_two_more(tmp_path):
-    steps = "train.OFFICIAL_EPOCH_LENGTH=4"
-    assert train(tmp_path / "whole", *RESNET, steps) == 0
-    assert train(tmp_path / "parts", *RESNET, steps, "train.max_steps=2") == 0
-    assert train(tmp_path / "parts", *RESNET, steps) == 0
-    assert_same_state(tmp_path / "whole", tmp_path / "parts", name="model_0000003")
+STEPS = ("train.OFFICIAL_EPOCH_LENGTH=3", "dino.koleo_loss_distributed=true")
 
 
-def runs_of_a_rank(folder: str) -> None:
-    """Train in turns: four steps; two, a stop and two more; one step whose ranks keep statistics of their own."""
-    shared = [
-        *TINY_RUN,
-        *RESNET,
-        "train.global_batch_size=12",
-        "train.OFFICIAL_EPOCH_LENGTH=4",
-        "dino.koleo_loss_distributed=true",
-        "compute_precision.sharding_strategy=FULL_SHARD",
-    ]
-    alone = ["student.sync_batchnorm=false", "evaluation.eval_period_iterations=1"]
-    for name, steps, options in (("whole", 4, []), ("parts", 2, []), ("parts", 4, []), ("alone", 1, alone)):
-        output_dir = Path(folder) / name
-        output_dir.mkdir(exist_ok=True)
-        overrides = ["student.sync_batchnorm=true", f"train.max_steps={steps}", f"train.output_dir={output_dir}"]
-        cfg = load_config(None, [*shared, *overrides, *options])
-        do_train(cfg, distributed.init("cpu"), output_dir=output_dir)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_process")
+    assert train(folder, *RESNET, *STEPS) == 0
+    return folder
+
+
+def test_three_steps_equal_two_a_stop_and_one_more(one_process, tmp_path):
+    assert train(tmp_path, *RESNET, *STEPS, "train.max_steps=2") == 0
+    assert train(tmp_path, *RESNET, *STEPS) == 0
+    assert_same_state(one_process, tmp_path, name="model_0000002")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_distributed(runs_of_a_rank, args={"folder": str(folder)})
+    """Train in turns: three steps; two, a stop and one more; one step whose ranks keep statistics of their own."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shared = [*RESNET, *STEPS, "train.global_batch_size=12", "compute_precision.sharding_strategy=FULL_SHARD"]
+    synced = [*shared, "student.sync_batchnorm=true"]
+    train_in_turns(
+        [
+            (folder / "whole", synced),
+            (folder / "parts", [*synced, "train.max_steps=2"]),
+            (folder / "parts", synced),
+            (folder / "alone", [*shared, "train.max_steps=1", "evaluation.eval_period_iterations=1"]),
+        ]
+    )
     return folder
 
 
 @pytest.mark.dist
-def test_two_processes_with_synchronised_statistics_have_the_losses_of_one_and_resume(two_ranks, tmp_path):
-    options = ["train.OFFICIAL_EPOCH_LENGTH=4", "dino.koleo_loss_distributed=true"]
-    assert train(tmp_path, *RESNET, *options) == 0
+def test_two_processes_with_synchronised_statistics_have_the_losses_of_one_and_resume(two_ranks, one_process):
     # Statistics of few images amplify float noise, and each step the noise of the steps before it.
-    torch.testing.assert_close(losses_of(two_ranks / "whole"), losses_of(tmp_path), rtol=1e-3, atol=0)
-    assert_same_state(two_ranks / "whole", two_ranks / "parts", name="model_0000003", num_ranks=2)
+    torch.testing.assert_close(losses_of(two_ranks / "whole"), losses_of(one_process), rtol=1e-3, atol=0)
+    assert_same_state(two_ranks / "whole", two_ranks / "parts", name="model_0000002", num_ranks=2)
 
 
 @pytest.mark.dist

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import DINOV3_RUN, assert_same_state, metrics_of, train, train_on_ranks, values_but_timing
+from support.training import DINOV3_RUN, assert_same_state, metrics_of, train, train_in_turns, values_but_timing
 
 LAST = "model_0000005"
 
@@ -50,21 +50,48 @@ def test_the_samples_of_a_new_batch_size_follow_those_already_seen(tmp_path):
     assert saved["extra"]["samples_seen"] == 2 * 12 + 2 * 6
 
 
+ON_TWO_RANKS = {
+    "dinov3": [
+        *DINOV3_RUN,
+        "student.pos_embed_rope_jitter_coords=1.5",
+        "student.pos_embed_rope_rescale_coords=2",
+        "compute_precision.sharding_strategy=FULL_SHARD",
+        "compute_precision.param_dtype=bf16",
+    ],
+    "workers": ["train.num_workers=2", "compute_precision.sharding_strategy=SHARD_GRAD_OP"],
+}
+
+
+@pytest.fixture(scope="module")
+def resumed_on_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    train_in_turns(
+        [
+            (folder / case / part, [*options, "train.batch_size_per_gpu=6", f"train.max_steps={steps}"])
+            for case, options in ON_TWO_RANKS.items()
+            for part, steps in (("whole", 6), ("parts", 3), ("parts", 6))
+        ]
+    )
+    return folder
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("workers", "strategy", "more"),
-    [(0, "FULL_SHARD", DINOV3_RUN), (2, "SHARD_GRAD_OP", ())],
-    ids=["dinov3", "workers"],
-)
-def test_two_processes_resume_bit_for_bit(tmp_path, workers, strategy, more):
-    options = [
-        *more,
-        f"train.num_workers={workers}",
-        f"compute_precision.sharding_strategy={strategy}",
-        "train.batch_size_per_gpu=6",
-    ]
-    for folder, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
-        done = train_on_ranks(tmp_path / folder, *options, f"train.max_steps={steps}")
-        assert done.returncode == 0, done.stderr
-    assert_same_state(tmp_path / "whole", tmp_path / "parts", name=LAST, num_ranks=2)
-    assert (tmp_path / "parts" / "logs" / "log.txt.rank1").exists()
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_two_processes_resume_bit_for_bit(resumed_on_two_ranks, case):
+    whole, parts = (resumed_on_two_ranks / case / part for part in ("whole", "parts"))
+    assert_same_state(whole, parts, name=LAST, num_ranks=2)
+
+
+@pytest.mark.dist
+def test_with_every_option_of_dinov3_each_parameter_learns_and_buffers_stay_equal(resumed_on_two_ranks):
+    folder = resumed_on_two_ranks / "dinov3" / "parts"
+    ranks = [torch.load(folder / f"{LAST}.rank_{rank}.pth", weights_only=True) for rank in range(2)]
+    before = [torch.load(folder / f"model_0000002.rank_{rank}.pth", weights_only=True) for rank in range(2)]
+    constant = {name for name in ranks[0]["model"] if name.endswith(("periods", "bias_mask", "center"))}
+    assert len(constant) == 2 * 3 + 2
+    for name in ranks[0]["model"]:
+        now, then = ([rank["model"][name] for rank in part] for part in (ranks, before))
+        if name in constant:
+            assert torch.equal(*now), name
+        else:
+            assert not all(map(torch.equal, now, then)), name
