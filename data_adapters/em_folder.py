@@ -4,7 +4,8 @@
         liver/grid1/image_001.tif      8, 16 or 32 bits; class liver, as for ImageFolder
         liver/grid1/stack.tif          31 pages: 31 images
         brain/volume.mrc               needs the extra mrc
-        brain/volume.h5                needs the extra hdf5; array=volumes/raw names one of several arrays
+        brain/volume.h5                needs the extra hdf5; array=volumes/raw names one of several arrays, and
+                                       axes=yxs the axes of one in colour
         brain/volume.zarr/             needs the extra zarr; OME-Zarr names its array itself
         scan.png                       also .jpg .bmp .webp .pgm .ppm; no label
 
