@@ -67,27 +67,43 @@ def test_every_way_to_name_a_checkpoint_opens_it(tmp_path, name):
     check_whole(tmp_path / name, num_ranks=1)
 
 
+RANKS = 4  # some parameters have fewer rows
+
+
+def save_by_ranks(folder):
+    """Save under every kind of sharding, and as the parents do, into folders of these names."""
+    for strategy in ("FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"):
+        save(f"{folder}/{strategy}", strategy, hybrid_shard_size=2)
+    save_as_the_parents_do(Path(folder) / "parents")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "parents").mkdir()
+    run_distributed(save_by_ranks, num_processes=RANKS, args={"folder": str(folder)})
+    return folder
+
+
 @pytest.mark.dist
-def test_rows_are_put_together_from_all_ranks_and_checked(tmp_path):
-    run_distributed(save, num_processes=3, args={"folder": str(tmp_path), "strategy": "FULL_SHARD"})
-    check_whole(tmp_path / "model_0000003.rank_1.pth", num_ranks=3)
-    path = tmp_path / "model_0000003.rank_2.pth"
+def test_rows_are_put_together_from_all_ranks_and_checked(saved):
+    folder = saved / "FULL_SHARD"
+    check_whole(folder / "model_0000003.rank_1.pth", num_ranks=RANKS)
+    path = folder / "model_0000003.rank_2.pth"
     name = "teacher.backbone.blocks.0.linear.weight"
     flip_byte(path, torch.load(path, weights_only=True)["model"][name])
-    stored = open_weights(tmp_path / "model_0000003").states["teacher"][name.removeprefix("teacher.")]
+    stored = open_weights(folder / "model_0000003").states["teacher"][name.removeprefix("teacher.")]
     with pytest.raises(CheckpointError) as caught:
         stored.read()
     assert str(caught.value) == f"{path}: model/{name} does not match its checksum"
     path.unlink()
-    assert sentence(tmp_path / "model_0000003") == f"{tmp_path}/model_0000003: 2 of 3 rank files found"
+    assert sentence(folder / "model_0000003") == f"{folder}/model_0000003: 3 of 4 rank files found"
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("strategy", "num_ranks"), [("NO_SHARD", 2), ("HYBRID_SHARD", 4)])
-def test_of_several_copies_the_first_is_read(tmp_path, strategy, num_ranks):
-    args = {"folder": str(tmp_path), "strategy": strategy, "hybrid_shard_size": 2}
-    run_distributed(save, num_processes=num_ranks, args=args)
-    check_whole(tmp_path / "model_0000003", num_ranks=num_ranks)
+@pytest.mark.parametrize("strategy", ["NO_SHARD", "HYBRID_SHARD"])
+def test_of_several_copies_the_first_is_read(saved, strategy):
+    check_whole(saved / strategy / "model_0000003", num_ranks=RANKS)
 
 
 def test_a_damaged_checkpoint_points_to_another(tmp_path):
@@ -160,23 +176,23 @@ def save_as_the_parents_do(folder):
 
 
 @pytest.mark.dist
-def test_rank_files_of_the_official_code_point_to_its_teacher_file(tmp_path):
-    run_distributed(save_as_the_parents_do, args={"folder": str(tmp_path)})
+def test_rank_files_of_the_official_code_point_to_its_teacher_file(saved):
+    folder = saved / "parents"
     with pytest.raises(CheckpointError):
-        require_own_checkpoint(tmp_path / "model_0011249.rank_{rank}.pth")
+        require_own_checkpoint(folder / "model_0011249.rank_{rank}.pth")
     start = "is one rank's part of a checkpoint of the official DINOv2 code (FSDP), which cannot be read by itself; "
     for name in ("model_0011249.rank_1.pth", "model_0011249.rank_{rank}.pth", "model_0011249"):
-        file = tmp_path / (name if "rank_1" in name else "model_0011249.rank_0.pth")
-        assert sentence(tmp_path / name) == (
+        file = folder / (name if "rank_1" in name else "model_0011249.rank_0.pth")
+        assert sentence(folder / name) == (
             f"{file}: {start}give the teacher that the same run has saved, "
-            f"{tmp_path}/eval/training_11249/teacher_checkpoint.pth"
+            f"{folder}/eval/training_11249/teacher_checkpoint.pth"
         )
-    (tmp_path / "model_0011249.rank_0.pth").rename(tmp_path / "model_final.rank_0.pth")
-    assert sentence(tmp_path / "model_final.rank_0.pth").endswith("/eval/training_N/teacher_checkpoint.pth")
-    teacher = tmp_path / "eval" / "training_12499" / "teacher_checkpoint.pth"
+    (folder / "model_0011249.rank_0.pth").rename(folder / "model_final.rank_0.pth")
+    assert sentence(folder / "model_final.rank_0.pth").endswith("/eval/training_N/teacher_checkpoint.pth")
+    teacher = folder / "eval" / "training_12499" / "teacher_checkpoint.pth"
     teacher.parent.mkdir(parents=True)
     teacher.touch()
-    assert sentence(tmp_path / "model_final.rank_0.pth").endswith(f"has saved, {teacher}")
+    assert sentence(folder / "model_final.rank_0.pth").endswith(f"has saved, {teacher}")
 
 
 def test_a_rank_file_of_the_official_code_on_one_gpu_is_read(tmp_path):
