@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dinov2.data.datasets.extended import image_path
-from dinov2.run.image_facts import run_in_workers
+from dinov2.run.workers import run_in_workers
 
 _BATCH = 256  # files that a worker looks at between two messages
 _CHUNK = 1 << 20  # bytes read at a time

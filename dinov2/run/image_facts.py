@@ -6,7 +6,6 @@ Shapes: C channels, H rows, W columns.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -15,15 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dinov2.data.datasets.decoders import pil_to_tensor
 from dinov2.data.datasets.extended import image_path
 from dinov2.data.datasets.image_source import RegionSource
-from dinov2.data.loaders import iterate_and_end_workers, prepare_worker
 from dinov2.errors import DatasetError
-from dinov2.logging.progress import track
 from dinov2.run.stored_files import stored_as
+from dinov2.run.workers import run_in_workers
 
 NUM_BINS = 256  # of the brightness histograms
 _BATCH = 8  # images that a worker looks at between two messages
@@ -158,42 +156,6 @@ def inspect_images(
                 found.add(place, facts)
             place += 1
     return found
-
-
-def run_in_workers(
-    items: Dataset[Any], indices: np.ndarray, *, batch: int, num_workers: int, description: str
-) -> Iterator[list[Any]]:
-    """Yield the items of some indices, a batch at a time and in order, and show how far it is.
-
-    Raises:
-        DatasetError: a worker was killed.
-    """
-    starts = range(0, len(indices), batch)
-    loader = DataLoader(
-        items,
-        batch_sampler=_Batches(indices, batch),
-        num_workers=num_workers if len(starts) > 1 else 0,
-        collate_fn=list,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),
-    )
-    with closing(iterate_and_end_workers(loader, batch_size_key="data.max_image_pixels")) as batches:
-        for _ in track(starts, description=description):
-            yield next(batches)
-
-
-class _Batches:
-    """Lists of indices, made when they are asked for."""
-
-    def __init__(self, indices: np.ndarray, batch: int) -> None:
-        self.indices = indices
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.indices[start : start + self.batch].tolist() for start in range(0, len(self.indices), self.batch))
 
 
 class _Inspection(Dataset[ImageFacts | str]):
