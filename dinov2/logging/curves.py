@@ -15,6 +15,7 @@ from dinov2.logging.metrics_file import read_metrics
 Curve = tuple[np.ndarray, np.ndarray]  # steps done, values
 
 _NUM_COLUMNS = 4
+_PANEL_INCHES = (4.2, 2.9)  # width and height, margins included
 _MAX_POINTS = 1000  # of a curve; longer ones are drawn as means of equal stretches
 _OWN_PANEL = {  # metric: title
     "wd": "weight decay",
@@ -50,13 +51,22 @@ def plot_training_curves(
         curves[name] = (np.concatenate([[0], steps]), np.concatenate([[score], values]))
     panels = _panels(curves)
     num_rows = math.ceil(len(panels) / _NUM_COLUMNS)
-    figure = Figure(figsize=(4.2 * _NUM_COLUMNS, 2.9 * num_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(num_rows)
     last_step = max(steps[-1] for steps, _ in curves.values())
     for index, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(num_rows, _NUM_COLUMNS, index + 1)
         _draw(axes, {name: curves[name] for name in names}, title=title, last_step=last_step)
     figure.savefig(png_path, dpi=110)
+
+
+def _figure(num_rows: int) -> Figure:
+    """Make a figure with fixed margins: finding the smallest ones would take as long as drawing."""
+    width, height = _PANEL_INCHES[0] * _NUM_COLUMNS, _PANEL_INCHES[1] * num_rows
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.35 / height)
+    figure.subplots_adjust(wspace=0.22, hspace=0.38)  # shares of a panel: its numbers, title and label
+    return figure
 
 
 def _read_curves(path: Path) -> dict[str, Curve]:
