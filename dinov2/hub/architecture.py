@@ -36,7 +36,8 @@ Shapes = Mapping[str, Shaped]
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _NOT_PARAMETERS = re.compile(r"(^rope_embed\.periods|\.bias_mask|\.running_(mean|var)|\.num_batches_tracked)$")
-_SWIGLU_ALIGNMENTS = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
+# One of these tells which kind of positions a vision transformer has; some libraries do not keep RoPE's periods.
+_POSITIONS = ("pos_embed", "rope_embed.periods", "storage_tokens", "blocks.0.attn.qkv.bias_mask")
 # Blocks of the four stages, and whether a block is a bottleneck: torchvision's ResNets.
 _RESNETS = {
     ((2, 2, 2, 2), False): "resnet18",
@@ -96,7 +97,7 @@ class Architecture:
         needs `student.num_heads` from elsewhere, when `num_heads` is None.
         """
         if self.family == "resnet":
-            return {"student.arch": self.arch, "student.in_chans": self.in_chans}
+            return {"student.arch": self.arch, "student.in_chans": self.in_chans, "ibot.loss_weight": 0}
         found = self._size() | {
             "student.patch_size": self.patch_size,
             "student.in_chans": self.in_chans,
@@ -158,6 +159,11 @@ def describe_architecture(state: Shapes) -> Architecture:
                 f"is not a whole backbone, it has no {name} (vision transformer) and no conv1.weight with "
                 f"layer1.0.conv1.weight (ResNet); its first tensor is {first}"
             )
+    if not any(name in state for name in _POSITIONS):
+        raise CheckpointError(
+            "is not a whole backbone, it has no pos_embed (DINOv2) and neither rope_embed.periods nor storage_tokens "
+            "(DINOv3)"
+        )
     return _describe_vit(state)
 
 

@@ -20,6 +20,7 @@ from dinov2.hub.weights import (
     MAY_BE_MISSING,
     choose_network,
     describe_backbone,
+    explain_number_format,
     open_weights,
     refuse_non_finite,
     with_masks,
@@ -54,7 +55,7 @@ def export_weights(
     output: str | Path,
     *,
     target: str,
-    checkpoint_key: str = "teacher",
+    checkpoint_key: str | None = None,
     num_heads: int | None = None,
     overwrite: bool = False,
 ) -> Export:
@@ -64,7 +65,7 @@ def export_weights(
         weights: a path or name.
         output: a file; for "hf" a folder, for "timm" a folder or a file that ends in .pth or .safetensors.
         target: "dinov2" (official names, of `torch.save`), "safetensors" (the same names), "timm" or "hf".
-        checkpoint_key: which network to take from a file that holds several.
+        checkpoint_key: which network to take from a file that holds several; None: as for `plan_weights`.
         num_heads: attention heads, where neither a named size nor RoPE's periods tell.
         overwrite: replace what is there.
 
@@ -156,6 +157,8 @@ def _complete(state: State, architecture: Architecture) -> State:
             if found
         ]
         raise CheckpointError(f"is not exactly a backbone of {len(names)} tensors; {', '.join(parts)}")
+    if problem := explain_number_format(names, state):
+        raise CheckpointError(problem)
     dtype = state[next(iter(state))].dtype
     complete = {}
     for name, tensor in names.items():

@@ -22,7 +22,7 @@ from dinov2.hub.formats_official import OFFICIAL, RESNET
 from dinov2.hub.formats_timm import TIMM_DINOV2, TIMM_DINOV3, to_timm
 from dinov2.hub.stored_tensor import State, StoredTensor
 
-__all__ = ["Converted", "from_official", "to_official"]
+__all__ = ["Converted", "another_network", "from_official", "to_official"]
 
 NAMINGS = (OFFICIAL, TIMM_DINOV2, TIMM_DINOV3, HF_DINOV2, HF_DINOV3, HF_VIT, RESNET)
 KNOWN = "DINO, DINOv2 and DINOv3 of Meta, timm or Hugging Face, torchvision ResNet"
@@ -49,13 +49,14 @@ class Converted:
     implied: State = field(default_factory=dict)  # constants that the library leaves out; for models that have them
 
 
-def to_official(state: State, *, path: str | Path, network: str = "teacher") -> Converted:
+def to_official(state: State, *, path: str | Path, network: str | None = None) -> Converted:
     """Recognise the naming and plan the backbone and the heads under official names.
 
     Args:
         state: names and tensors of the file; left unchanged.
         path: for error sentences.
-        network: which one to take where the names hold several (`teacher.backbone.*`, `student.backbone.*`).
+        network: which one to take where the names hold several (`teacher.backbone.*`, `student.backbone.*`); None: the
+            teacher, or the student of a file without one.
 
     Raises:
         CheckpointError: the names are unknown, or there are only heads, or another network, or half a tensor.
@@ -90,7 +91,7 @@ def to_official(state: State, *, path: str | Path, network: str = "teacher") -> 
     )
 
 
-def _recognise(names: Iterable[str], *, path: str | Path, network: str) -> tuple[Naming, str]:
+def _recognise(names: Iterable[str], *, path: str | Path, network: str | None) -> tuple[Naming, str]:
     """Find the naming and the prefix that account for the most tensors."""
     counts: Counter[tuple[int, str]] = Counter()
     has_trunk = set()
@@ -108,10 +109,18 @@ def _recognise(names: Iterable[str], *, path: str | Path, network: str) -> tuple
     if networks:
         wanted = network if network in _NETWORKS else _NETWORKS[0]
         if wanted not in networks:
-            raise CheckpointError(f"{path}: has no '{wanted}' but has '{networks.pop()}'; ask for that key")
+            other = networks.pop()
+            if network is not None:
+                raise CheckpointError(another_network(path, wanted, other))
+            wanted = other
         candidates = {key: count for key, count in candidates.items() if wanted in key[1].split(".")}
     number, prefix = min(candidates, key=lambda key: (-candidates[key], key[0], len(key[1])))
     return NAMINGS[number], prefix
+
+
+def another_network(path: str | Path, wanted: str, other: str) -> str:
+    """Say that a file holds another network than the one asked for."""
+    return f"{path}: has no '{wanted}' but has '{other}'; take that one with --checkpoint-key {other}"
 
 
 def _unknown(names: Iterable[str], path: str | Path) -> str:

@@ -52,7 +52,7 @@ def explain_mismatch(model: Shapes, file: Shapes, *, may_be_missing: Collection[
     try:
         differences = _compare(describe_architecture(file), describe_architecture(model))
     except CheckpointError as error:  # the file has not even the parts that tell its architecture
-        if len(missing) == len(model) - sum(name in may_be_missing for name in model):
+        if not any(name in file and name not in reshaped for name in model):  # nothing to load in part either
             return str(error)
         return _coverage(model, file, missing=missing, unknown=unknown, reshaped=reshaped)
     if not differences:
@@ -119,6 +119,8 @@ def _size_settings(file: Architecture, model: Architecture) -> dict[str, Any]:
     if arch is None:
         depth = {} if file.depth == model.depth else {"student.depth": file.depth}
         return {"student.embed_dim": file.embed_dim} | depth
+    if file.family == "resnet":
+        return {"student.arch": arch} | ({} if model.family == "resnet" else {"ibot.loss_weight": 0})
     numbers = {} if model.arch else {"student.embed_dim": None, "student.depth": None, "student.num_heads": None}
     return {"student.arch": arch} | numbers | ({} if file.arch else {"student.depth": file.depth})
 

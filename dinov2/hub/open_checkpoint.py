@@ -59,20 +59,28 @@ def open_checkpoint(path: Path) -> WeightsFile:
 
 
 def require_own_checkpoint(path: Path) -> None:
-    """Refuse rank files of the official DINOv2 code where the whole state of a run is to be restored.
+    """Refuse what is no checkpoint of a run here where the whole state of one is to be restored.
 
     Args:
         path: as for `open_checkpoint`; that there is a checkpoint, and a sound one, is not checked.
 
     Raises:
-        CheckpointError: the files are those of the official code.
+        CheckpointError: the files are those of the official code, or weights alone, or a folder of checkpoints.
     """
     folder, name = files.split_path(path)
-    if _open_foreign(path, folder, name) is not None:
+    if path.is_dir() and (checkpoints := files.find_checkpoints(path)):
         raise CheckpointError(
-            f"{path}: was saved by the official DINOv2 code, of which the weights are read but not the state of "
-            f"training; start a new run from them with student.pretrained_weights={path}"
+            f"{path}: is the folder of a training run; give one of its checkpoints, the newest is "
+            f"{path / checkpoints[-1]}"
         )
+    if files.is_checkpoint_path(path):
+        what = "was saved by the official DINOv2 code, of which the weights are read but not the state of training"
+        refused = _open_foreign(path, folder, name) is not None
+    else:
+        what = "is no checkpoint of a training run, at most its weights"
+        refused = path.exists() and not files.has_manifest(folder, name)
+    if refused:
+        raise CheckpointError(f"{path}: {what}; start a new run from them with student.pretrained_weights={path}")
 
 
 def _open_foreign(path: Path, folder: Path, name: str) -> WeightsFile | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture, describe_architecture
-from dinov2.hub.formats import Converted, to_official
+from dinov2.hub.formats import Converted, another_network, to_official
 from dinov2.hub.mismatch import explain_head_mismatch, explain_mismatch
 from dinov2.hub.open_weights import open_weights
 from dinov2.hub.report import LoadReport
@@ -31,6 +31,7 @@ __all__ = [
     "WeightsPlan",
     "choose_network",
     "describe_backbone",
+    "explain_number_format",
     "load_backbone_weights",
     "open_weights",
     "plan_head",
@@ -63,7 +64,7 @@ def plan_weights(
     model: nn.Module,
     weights: str | Path | WeightsFile,
     *,
-    checkpoint_key: str = "teacher",
+    checkpoint_key: str | None = None,
     allow_partial: bool = False,
 ) -> WeightsPlan:
     """Find out, from names and shapes alone, how a file fills a backbone.
@@ -71,7 +72,8 @@ def plan_weights(
     Args:
         model: backbone, on any device, the meta device too; left unchanged.
         weights: a path or name that `open_weights` takes, or what it returned.
-        checkpoint_key: which network to take from a file that holds several, `teacher` or `student`.
+        checkpoint_key: which network to take from a file that holds several, `teacher` or `student`; None: the
+            teacher, or the student of a file without one.
         allow_partial: leave the rest at its initial values where the file has less than the whole backbone.
 
     Raises:
@@ -84,9 +86,11 @@ def plan_weights(
     implied = {name: tensor for name, tensor in converted.implied.items() if name in own}
     fitted, resized = fit_sizes(model, own, implied | converted.state)
     may_be_missing = [name for name in own if MAY_BE_MISSING.fullmatch(name)]
-    problem = explain_mismatch(own, fitted, may_be_missing=may_be_missing) or _explain_heads(file, model)
+    problem = explain_mismatch(own, fitted, may_be_missing=may_be_missing)
     usable = {name: fitted[name] for name in own if name in fitted and fitted[name].shape == own[name].shape}
-    if problem and not (allow_partial and usable):
+    if allow_partial and usable:
+        problem = None
+    if problem := problem or _explain_heads(file, model) or explain_number_format(own, usable):
         raise CheckpointError(f"{file.path}: {problem}")
     return WeightsPlan(
         state=refuse_non_finite(usable, path=file.path),
@@ -96,8 +100,10 @@ def plan_weights(
     )
 
 
-def choose_network(file: WeightsFile, checkpoint_key: str) -> str:
+def choose_network(file: WeightsFile, checkpoint_key: str | None) -> str:
     """Choose the key of `file.states` to load: the one asked for, else the only network, however it is wrapped.
+
+    None asks for the teacher, and takes the student where there is nothing else.
 
     Raises:
         CheckpointError: there is no network, or only another than the one asked for.
@@ -108,18 +114,17 @@ def choose_network(file: WeightsFile, checkpoint_key: str) -> str:
         raise CheckpointError(
             f"{file.path}: holds no network{keys}; give the file of the model, e.g. teacher_checkpoint.pth"
         )
-    if checkpoint_key in states:
-        return checkpoint_key
-    if checkpoint_key not in _NETWORKS:
+    wanted = checkpoint_key or _NETWORKS[0]
+    if wanted in states:
+        return wanted
+    if wanted not in _NETWORKS:
         present = ", ".join(filter(None, states)) or "teacher, student"
-        raise CheckpointError(f"{file.path}: has no '{checkpoint_key}'; use one of {present}")
+        raise CheckpointError(f"{file.path}: has no '{wanted}'; use one of {present}")
     wrappers = [key for key in ("", "model", "state_dict") if key in states]
     wrappers += [key for key in states if key not in (*_NETWORKS, *wrappers)]
-    if not wrappers:
-        raise CheckpointError(
-            f"{file.path}: has no '{checkpoint_key}' but has '{next(iter(states))}'; ask for that key"
-        )
-    return wrappers[0]
+    if not wrappers and checkpoint_key:
+        raise CheckpointError(another_network(file.path, wanted, next(iter(states))))
+    return next(iter(wrappers or states))
 
 
 def with_masks(converted: Converted) -> State:
@@ -155,6 +160,16 @@ def _explain_heads(file: WeightsFile, model: nn.Module) -> str | None:
     if None in (have, want) or have == want:
         return None
     return f"its config states {have} attention heads but the model has {want}; set student.num_heads={have}"
+
+
+def explain_number_format(own: Mapping[str, Tensor], state: State) -> str | None:
+    """Find whole numbers where a model has others: quantised weights, which are nothing without their scales."""
+    for name, tensor in state.items():
+        quantised = own[name].is_floating_point() and not tensor.dtype.is_floating_point
+        if quantised and not MAY_BE_MISSING.fullmatch(name):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            return f"{name} holds numbers of type {kind}, as quantised models do; give weights of float32 or bfloat16"
+    return None
 
 
 def refuse_non_finite(state: State, *, path: str) -> State:
@@ -225,7 +240,7 @@ def plan_head(head: nn.Module, state: State) -> State | str:
 
 
 def load_backbone_weights(
-    model: nn.Module, path: str | Path, *, checkpoint_key: str = "teacher", allow_partial: bool = False
+    model: nn.Module, path: str | Path, *, checkpoint_key: str | None = None, allow_partial: bool = False
 ) -> LoadReport:
     """Copy the weights of a file into a backbone, in place; nothing is changed when they do not fit.
 
@@ -235,7 +250,7 @@ def load_backbone_weights(
     Args:
         model: backbone with the official parameter names, not sharded.
         path: a path or name that `open_weights` takes.
-        checkpoint_key: which network to take from a file that holds several, `teacher` or `student`.
+        checkpoint_key: as for `plan_weights`.
         allow_partial: accept less than the whole backbone (`student.allow_partial_weights`).
 
     Raises:

@@ -49,9 +49,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint-key",
-        default="teacher",
         metavar="KEY",
-        help="network to take from a file that holds several, teacher or student; default: teacher",
+        help="network to take from a file that holds several, teacher or student; default: teacher, or the student "
+        "of a file without one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists; default: refuse")
     parser.add_argument(

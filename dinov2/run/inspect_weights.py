@@ -55,9 +55,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint-key",
-        default="teacher",
         metavar="KEY",
-        help="network to take from a file that holds several, teacher or student; default: teacher",
+        help="network to take from a file that holds several, teacher or student; default: teacher, or the student "
+        "of a file without one",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object; default: a table")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config keys over the file")
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> int:
     converted = to_official(file.states[key], path=file.path, network=args.checkpoint_key)
     found = describe_file(file, converted, key=key)
     try:
-        found |= _describe_network(describe_backbone(file, converted), cfg)
+        found |= _describe_network(describe_backbone(file, converted), converted, cfg)
     except CheckpointError as error:  # part of a backbone
         found["not_whole"] = str(error)
     problem = None
@@ -89,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _fit(file: WeightsFile, cfg: Config, *, checkpoint_key: str) -> tuple[LoadReport | None, str | None]:
+def _fit(file: WeightsFile, cfg: Config, *, checkpoint_key: str | None) -> tuple[LoadReport | None, str | None]:
     """Plan the file into the config's backbone; returns the report, or the sentence why it does not fit."""
     with torch.device("meta"):
         model = build_backbone(cfg)
@@ -117,29 +117,51 @@ def describe_file(file: WeightsFile, converted: Converted, *, key: str) -> dict[
     }
 
 
-def _describe_network(architecture: Architecture, cfg: Config) -> dict[str, Any]:
+def _describe_network(architecture: Architecture, converted: Converted, cfg: Config) -> dict[str, Any]:
     settings = architecture.settings()
+    if architecture.has_rope:
+        settings["student.pos_embed_rope_dtype"] = _rope_dtype(converted)
     return {
         "architecture": asdict(architecture) | {"image_size": architecture.image_size},
         "settings": settings,
         "differing_settings": {key: value for key, value in settings.items() if not _is_set(cfg, key, value)}
-        | _numbers_to_take_back(architecture, cfg, settings),
+        | _numbers_to_take_back(architecture, cfg, settings)
+        | _crops_in_whole_patches(architecture, cfg),
     }
+
+
+def _rope_dtype(converted: Converted) -> str:
+    """Read the type of RoPE from its periods; float32, as in all released models, where they do not tell."""
+    periods = converted.state.get("rope_embed.periods")
+    if periods is None or periods.dtype == converted.state["patch_embed.proj.weight"].dtype:
+        return "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(periods.dtype, "fp32")
+
+
+def _crops_in_whole_patches(architecture: Architecture, cfg: Config) -> dict[str, int]:
+    """Round crops up that a config with the file's patch size would refuse."""
+    if architecture.family == "resnet":
+        return {}
+    patch = architecture.patch_size
+    sizes = {name: getattr(cfg.crops, name) for name in ("global_crops_size", "local_crops_size")}
+    return {f"crops.{name}": -(-size // patch) * patch for name, size in sizes.items() if size % patch}
 
 
 def _numbers_to_take_back(architecture: Architecture, cfg: Config, settings: Mapping[str, Any]) -> dict[str, None]:
     """Name numbers of the config's that replace those of a named size, where they are not the file's."""
-    names = ("embed_dim", "depth", "num_heads", "ffn_ratio")
+    have = {name: getattr(architecture, name) for name in ("embed_dim", "depth", "num_heads", "ffn_ratio")}
     wrong = {
-        f"student.{name}" for name in names if getattr(cfg.student, name) not in (None, getattr(architecture, name))
+        f"student.{name}"
+        for name, value in have.items()
+        if value is not None and getattr(cfg.student, name) not in (None, value)
     }
     return {key: None for key in sorted(wrong - settings.keys())}
 
 
 def _is_set(cfg: Config, key: str, value: Any) -> bool:
     """Say whether a config already has a setting, or one that makes the same tensors."""
-    name = key.removeprefix("student.")
-    has = getattr(cfg.student, name)
+    section, name = key.split(".")
+    has = getattr(getattr(cfg, section), name)
     if name == "layerscale":
         return bool(has) == bool(value)
     return has == value or (name == "ffn_layer" and {has, value} <= _GATED)

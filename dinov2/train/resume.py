@@ -50,7 +50,7 @@ def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> S
         return Start()
     given: dict[str, State] = {}
     if weights:
-        on_main_first(lambda: given.update(_all_networks(model, weights)))
+        on_main_first(lambda: given.update(_all_networks(model, weights, cfg.student)))
     elif cfg.student.pretrained_weights:
         on_main_first(lambda: given.update(_backbone_and_fitting_heads(model, cfg.student)))
     model.init_weights(cfg.train.seed, given=given)
@@ -78,9 +78,9 @@ def _backbone_and_fitting_heads(model: SSLMetaArch, student: StudentConfig) -> d
     return given
 
 
-def _all_networks(model: SSLMetaArch, weights: str) -> dict[str, State]:
+def _all_networks(model: SSLMetaArch, weights: str, student: StudentConfig) -> dict[str, State]:
     """Plan `MODEL.WEIGHTS`, which must have the backbone and all heads."""
-    given, unfit = _plan(model, weights)
+    given, unfit = _plan(model, weights, allow_partial=student.allow_partial_weights)
     for name, reason in unfit.items():
         raise CheckpointError(
             f"MODEL.WEIGHTS={weights}: {name} cannot be loaded, {reason}; "
@@ -89,7 +89,7 @@ def _all_networks(model: SSLMetaArch, weights: str) -> dict[str, State]:
     return given
 
 
-def _plan(model: SSLMetaArch, weights: str, *, allow_partial: bool = False) -> tuple[dict[str, State], dict[str, str]]:
+def _plan(model: SSLMetaArch, weights: str, *, allow_partial: bool) -> tuple[dict[str, State], dict[str, str]]:
     """Return tensors for the student's modules by name, and for heads that stay as they are, the reason."""
     plan = plan_weights(model.student["backbone"], weights, allow_partial=allow_partial)
     logger.info("%s", plan.report)

@@ -85,7 +85,7 @@ def test_resnets(arch):
     assert (found.family, found.arch) == ("resnet", arch)
     assert found.embed_dim == (512 if arch in ("resnet18", "resnet34") else 2048)
     assert found.num_parameters == sum(parameter.numel() for parameter in network.parameters())
-    assert found.settings() == {"student.arch": arch, "student.in_chans": 3}
+    assert found.settings() == {"student.arch": arch, "student.in_chans": 3, "ibot.loss_weight": 0}
 
 
 def test_what_is_no_backbone_is_said():
@@ -113,3 +113,15 @@ def test_heads(family):
     assert (head.bottleneck_dim, head.num_prototypes) == (256, 65536)
     assert head.weight_norm == (family == "dinov2")
     assert describe_head({"norm.weight": torch.ones(3)}) is None
+
+
+def test_positions_that_are_missing_are_not_taken_for_rotary_ones():
+    state = {name: tensor for name, tensor in SHAPES["dinov2_vits14_reg"].items() if name != "pos_embed"}
+    with pytest.raises(CheckpointError) as caught:
+        describe_architecture(state)
+    assert str(caught.value) == (
+        "is not a whole backbone, it has no pos_embed (DINOv2) and neither rope_embed.periods nor storage_tokens "
+        "(DINOv3)"
+    )
+    state = {name: tensor for name, tensor in SHAPES["dinov3_vits16"].items() if name != "rope_embed.periods"}
+    assert describe_architecture(state).has_rope

@@ -164,7 +164,8 @@ def resnet(channels=64, *, bottleneck=False):
 
 def test_resnets_and_vision_transformers():
     assert explain(resnet(), SHAPES["dinov2_vits14"]) == (
-        "it is a ResNet (resnet18) but the model is a vision transformer (vit_small); set student.arch=resnet18"
+        "it is a ResNet (resnet18) but the model is a vision transformer (vit_small); set student.arch=resnet18 "
+        "ibot.loss_weight=0"
     )
     assert explain(SHAPES["dinov2_vits14"], resnet()) == (
         "it is a vision transformer (vit_small) but the model is a ResNet (resnet18); set student.arch=vit_small"

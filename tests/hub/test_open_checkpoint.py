@@ -217,6 +217,24 @@ def test_own_checkpoints_are_not_taken_for_others(tmp_path):
     require_own_checkpoint(tmp_path / "model_0000003.rank_0.pth")
 
 
+def test_weights_and_folders_are_not_the_state_of_a_run(tmp_path):
+    save(str(tmp_path))
+    for name in ("teacher_checkpoint.pth", "model.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError) as caught:
+            require_own_checkpoint(tmp_path / name)
+        assert str(caught.value) == (
+            f"{tmp_path / name}: is no checkpoint of a training run, at most its weights; "
+            f"start a new run from them with student.pretrained_weights={tmp_path / name}"
+        )
+    with pytest.raises(CheckpointError) as caught:
+        require_own_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: is the folder of a training run; give one of its checkpoints, "
+        f"the newest is {tmp_path}/model_0000003"
+    )
+
+
 def test_a_checkpoint_that_does_not_exist(tmp_path):
     assert sentence(tmp_path / "model_0000003.rank_0.pth") == (
         f"{tmp_path}/model_0000003: there is no model_0000003.manifest.json in {tmp_path}, so it is not complete"

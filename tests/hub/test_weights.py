@@ -144,7 +144,8 @@ def test_heads_that_a_config_states_must_be_the_models():
     state = {name: StoredTensor.of(tensor) for name, tensor in backbone().state_dict().items()}
     for config in ({"num_attention_heads": 4}, {"architecture": "vit", "model_args": {"num_heads": 4}}):
         with pytest.raises(CheckpointError) as caught:
-            plan_weights(on_meta(), WeightsFile("folder", "Hugging Face folder", {"": state}, config=config))
+            file = WeightsFile("folder", "Hugging Face folder", {"": state}, config=config)
+            plan_weights(on_meta(), file, allow_partial=True)
         assert str(caught.value) == (
             "folder: its config states 4 attention heads but the model has 2; set student.num_heads=4"
         )
@@ -172,10 +173,33 @@ def test_checkpoint_key_chooses_the_network(tmp_path):
 
 def test_absent_checkpoint_key_is_refused(tmp_path):
     path = saved(tmp_path / "teacher.pth", LAYOUTS["teacher"][1](backbone().state_dict()))
-    assert fails_with(path, checkpoint_key="student") == "has no 'student' but has 'teacher'; ask for that key"
+    assert fails_with(path, checkpoint_key="student") == (
+        "has no 'student' but has 'teacher'; take that one with --checkpoint-key teacher"
+    )
     assert fails_with(path, checkpoint_key="ema") == "has no 'ema'; use one of teacher"
     path = saved(tmp_path / "bare.pth", backbone().state_dict())
     assert fails_with(path, checkpoint_key="ema") == "has no 'ema'; use one of teacher, student"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.student."])
+def test_a_student_without_a_teacher_is_taken_unless_the_teacher_is_asked_for(tmp_path, prefix):
+    source, model = backbone(0), backbone(1)
+    state = prefixed(source.state_dict(), prefix)
+    path = saved(tmp_path / "w.pth", state if prefix else {"student": state})
+    assert fails_with(path, checkpoint_key="teacher") == (
+        "has no 'teacher' but has 'student'; take that one with --checkpoint-key student"
+    )
+    load_backbone_weights(model, path)
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_whole_numbers_are_refused_in_part_too(tmp_path):
+    state = backbone().state_dict()
+    path = saved(tmp_path / "w.pth", state | {"norm.weight": state["norm.weight"].to(torch.int8)})
+    for allow_partial in (False, True):
+        assert fails_with(path, allow_partial=allow_partial) == (
+            "norm.weight holds numbers of type int8, as quantised models do; give weights of float32 or bfloat16"
+        )
 
 
 def test_a_file_without_networks_is_refused():

@@ -150,7 +150,30 @@ def test_a_resnet(tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / "w.pth")
     code, rows, _ = run(capsys, tmp_path / "w.pth")
     assert code == 0 and rows["architecture"] == "resnet18 (resnet): 8 blocks, 512 features"
-    assert rows["images"] == "3 channels" and rows["settings, if not the defaults"] == "student.arch=resnet18"
+    settings = "student.arch=resnet18 ibot.loss_weight=0"
+    assert rows["images"] == "3 channels" and rows["settings, if not the defaults"] == settings
+    assert run(capsys, tmp_path / "w.pth", *settings.split())[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"patch_size": 14, "img_size": 28}, "student.patch_size=14 crops.local_crops_size=98"),
+        (
+            {"patch_size": 16, "pos_embed_type": "rope", "num_register_tokens": 4, "norm_layer": "layernormbf16"},
+            "student.num_register_tokens=4 student.pos_embed_type=rope student.norm_layer=layernormbf16 "
+            "student.pos_embed_rope_dtype=fp32",
+        ),
+    ],
+)
+def test_the_settings_as_they_are_printed_make_a_config_that_fits(tmp_path, capsys, model, expected):
+    path = save(tmp_path / "w.pth", backbone(num_heads=3, **({"pos_embed_rope_dtype": "fp32"} | model)))
+    _, rows, _ = run(capsys, path)
+    settings = rows["settings, if not the defaults"]
+    assert settings.endswith(expected)
+    code, rows, err = run(capsys, path, *settings.split(), "student.num_heads=3")
+    assert (code, err, rows["fits"]) == (0, "", "yes")
+    assert rows["settings, if not the config's"] == "none"  # heads are not told by learned positions
 
 
 def test_the_settings_that_are_shown_make_the_file_fit(tmp_path, capsys):
@@ -219,7 +242,7 @@ def test_bad_usage_gives_code_2(tmp_path, capsys):
     assert code == 2 and "none.yaml" in err
     assert run(capsys, path, "--checkpoint-key", "student")[::2] == (
         1,
-        f"error: {path}: has no 'student' but has 'teacher'; ask for that key",
+        f"error: {path}: has no 'student' but has 'teacher'; take that one with --checkpoint-key teacher",
     )
 
 

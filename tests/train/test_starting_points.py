@@ -156,3 +156,32 @@ def test_resuming_with_other_settings_says_which(tmp_path, capsys):
 def test_start_up_is_short(tmp_path, capsys):
     assert train(tmp_path, "train.max_steps=1", "evaluation.at_start=true") == 0
     assert len(capsys.readouterr().err.splitlines()) <= 40
+
+
+def test_a_file_of_a_student_alone_gives_it(tmp_path, other):
+    file = tmp_path / "student.pth"
+    state = network(state_of(other, 3), "student")
+    torch.save({"student": {f"module.backbone.{name}": tensor for name, tensor in state.items()}}, file)
+    assert train(tmp_path / "run", f"student.pretrained_weights={file}", "train.max_steps=1", *STILL) == 0
+    for name in ("student", "teacher"):
+        assert_equal(network(state_of(tmp_path / "run", 0), name), state)
+
+
+def test_model_weights_may_be_partial_if_that_is_allowed(tmp_path, teacher_file, capsys):
+    file, state = tmp_path / "w.pth", torch.load(teacher_file, weights_only=True)
+    state["teacher"] = {name: tensor for name, tensor in state["teacher"].items() if "blocks.1.norm1" not in name}
+    torch.save(state, file)
+    options = [f"MODEL.WEIGHTS={file}", "train.max_steps=1", *STILL]
+    assert train(tmp_path / "run", *options) == 1
+    assert "set student.allow_partial_weights=true to load what fits" in capsys.readouterr().err
+    assert train(tmp_path / "run", *options, "student.allow_partial_weights=true") == 0
+    given = {name.removeprefix("backbone."): t for name, t in state["teacher"].items() if name.startswith("backbone.")}
+    assert is_equal(given, network(state_of(tmp_path / "run", 0), "student"))
+
+
+def test_weights_are_no_state_to_resume(tmp_path, teacher_file, capsys):
+    assert train(tmp_path, f"train.resume_path={teacher_file}") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {teacher_file}: is no checkpoint of a training run, at most its weights; "
+        f"start a new run from them with student.pretrained_weights={teacher_file}"
+    )
