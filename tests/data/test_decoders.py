@@ -46,7 +46,6 @@ def test_a_jpeg_read_as_grey_is_its_luma():
 
 
 def test_grey_palette_alpha_bilevel_and_cmyk_images_simply_work():
-    transparent = COLOUR.convert("P")
     images = {
         "grey": (GREY, "PNG"),
         "palette": (COLOUR.convert("P"), "PNG"),
@@ -59,8 +58,22 @@ def test_grey_palette_alpha_bilevel_and_cmyk_images_simply_work():
     for name, (image, kind) in images.items():
         assert (pixels(encode(image, kind)).float() - rgb(image).float()).abs().mean() < 6, name
         assert pixels(encode(image, kind), channels=1).shape == (1, 30, 40), name
-    data = encode(transparent, "PNG", transparency=bytes(range(256)))
-    assert (pixels(data).float() - rgb(transparent).float()).abs().mean() < 6
+
+
+def test_transparent_pixels_show_white():
+    opacity = torch.linspace(0, 1, 40).expand(30, 40)
+    image = COLOUR.convert("RGBA")
+    image.putalpha(Image.fromarray(opacity.mul(255).round().byte().numpy()))
+    expected = rgb(COLOUR) * opacity + 255 * (1 - opacity)
+    assert (pixels(encode(image, "PNG")).float() - expected).abs().max() <= 2  # rounded twice
+    palette = COLOUR.convert("P")
+    data = encode(palette, "PNG", transparency=bytes(256))  # every colour fully transparent
+    assert torch.equal(pixels(data), torch.full((3, 30, 40), 255, dtype=torch.uint8))
+    data = encode(GREY, "PNG", transparency=GREY.getpixel((0, 0)))  # one grey value
+    assert pixels(data)[0, 0, 0] == 255 and pixels(data, channels=1)[0, 0, 0] == 255
+    black_on_nothing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    black_on_nothing.putpixel((3, 3), (0, 0, 0, 255))
+    assert pixels(encode(black_on_nothing, "PNG"), channels=1)[0].eq(0).nonzero().tolist() == [[3, 3]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
@@ -103,6 +116,8 @@ def deep_png(values):
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bit_colour_png_is_read_with_8_bits_and_refused_for_16(channels):
     values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels)).astype(np.uint16)
+    if channels in (2, 4):
+        values[..., -1] = 65535  # opaque
     colour = values[..., :3] if channels > 2 else values[..., [0, 0, 0]]
     narrow = pixels(deep_png(values)).permute(1, 2, 0).numpy()
     assert np.abs(narrow - colour / 257).max() <= 1  # the upper 8 bits

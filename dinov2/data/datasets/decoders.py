@@ -163,12 +163,19 @@ def _open(data: bytes, max_image_pixels: int | None) -> Image.Image:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to grey or RGB; 16-bit values keep their upper half, transparency is dropped."""
+    """Convert to grey or RGB; 16-bit values keep their upper half, transparent pixels show white."""
     if _is_wide(image):
         image = Image.fromarray(np.round(_wide_values(image) * (255 / _UINT16_MAX)).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+    elif image.has_transparency_data:
+        image = _on_white(image.convert("RGBA"))
     return image if image.mode == mode else image.convert(mode)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay RGBA on white: under full transparency, drawings hold the colour of their lines, mostly black."""
+    if image.getchannel("A").getextrema()[0] == 255:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _is_wide(image: Image.Image) -> bool:
