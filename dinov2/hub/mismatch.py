@@ -113,6 +113,10 @@ def _explain_family(file: Architecture, model: Architecture) -> _Difference | No
     return _Difference(text, settings, f" (or defaults={defaults})")
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _size_settings(file: Architecture, model: Architecture) -> dict[str, Any]:
     """Name the size of the file; numbers that made a size without a name are taken back."""
     arch = file.arch or arch_of_width(file.embed_dim)  # for its number of heads, which the shapes do not tell
@@ -136,7 +140,7 @@ def _explain_depth(file: Architecture, model: Architecture) -> _Difference | Non
     if file.depth == model.depth or file.embed_dim != model.embed_dim:
         return None
     settings = _size_settings(file, model) if file.arch else {"student.depth": file.depth}
-    return _Difference(f"it has {file.depth} blocks but the model has {model.depth}", settings)
+    return _Difference(f"it has {_count(file.depth, 'block')} but the model has {model.depth}", settings)
 
 
 def _explain_heads(file: Architecture, model: Architecture) -> _Difference | None:
@@ -168,7 +172,7 @@ def _explain_ffn(file: Architecture, model: Architecture) -> _Difference | None:
 def _explain_registers(file: Architecture, model: Architecture) -> _Difference | None:
     if file.num_registers == model.num_registers:
         return None
-    text = f"it has {file.num_registers} register tokens but the model has {model.num_registers}"
+    text = f"it has {_count(file.num_registers, 'register token')} but the model has {model.num_registers}"
     return _Difference(text, {"student.num_register_tokens": file.num_registers})
 
 

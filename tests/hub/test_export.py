@@ -312,3 +312,15 @@ def test_an_export_loads_here_again(tmp_path, source):
     report = load_backbone_weights(fresh, tmp_path / "hf")
     assert report.missing == () and report.naming == "Hugging Face Dinov2Model"
     assert torch.equal(fresh.eval()(images()), model(images()))
+
+
+def test_whole_numbers_are_refused(tmp_path):
+    state = backbone().state_dict()
+    torch.save(state | {"norm.weight": state["norm.weight"].to(torch.int8)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        export_weights(tmp_path / "w.pth", tmp_path / "out.pth", target="dinov2")
+    assert str(caught.value) == (
+        f"{tmp_path}/w.pth: norm.weight holds numbers of type int8, as quantised models do; "
+        "give weights of float32 or bfloat16"
+    )
+    assert not (tmp_path / "out.pth").exists()

@@ -93,6 +93,7 @@ def test_official_weights_in_the_wrong_model(file, model, sentence):
             "set student.arch=vit_tiny student.embed_dim=null student.depth=2 student.num_heads=null",
         ),
         ({"depth": 3}, "it has 3 blocks but the model has 2; set student.depth=3"),
+        ({"depth": 1}, "it has 1 block but the model has 2; set student.depth=1"),
         (
             {"ffn_layer": "swiglufused"},
             "its blocks have the FFN 'swiglufused' but the model's 'mlp'; set student.ffn_layer=swiglufused",
@@ -169,6 +170,18 @@ def test_resnets_and_vision_transformers():
     )
     assert explain(SHAPES["dinov2_vits14"], resnet()) == (
         "it is a vision transformer (vit_small) but the model is a ResNet (resnet18); set student.arch=vit_small"
+    )
+
+
+def test_what_fits_in_nothing_is_not_offered_in_part():
+    file = {name: tensor for name, tensor in SHAPES["dinov2_vits14"].items() if name != "pos_embed"}
+    assert explain(file, SHAPES["dinov2_vitb14"]) == (
+        "is not a whole backbone, it has no pos_embed (DINOv2) and neither rope_embed.periods nor storage_tokens "
+        "(DINOv3)"
+    )
+    assert explain(file, SHAPES["dinov2_vits14"]) == (
+        "it holds 174 of the model's 175 tensors; missing: 1 (first: pos_embed); "
+        "set student.allow_partial_weights=true to load what fits"
     )
 
 
