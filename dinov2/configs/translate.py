@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dinov2.configs.default_layers import LAYERS
 from dinov2.configs.parent_keys import (
     PARENT_KEYS,
     PARENT_VALUES,
@@ -13,10 +14,12 @@ from dinov2.configs.parent_keys import (
     per_module_keys,
 )
 from dinov2.configs.section import show_value
+from dinov2.configs.student_section import RESNET_ARCHS
 from dinov2.configs.tree import leaves
 from dinov2.configs.values import convert
 from dinov2.errors import ConfigError
 
+_OF_RESNETS = ("arch", "in_chans", "pretrained_weights", "allow_partial_weights", "sync_batchnorm")
 _CROP_SIZES = ("crops.global_crops_size", "crops.local_crops_size")
 
 
@@ -63,7 +66,7 @@ def translate(given: Mapping[str, Given]) -> Translated:
             notes.append(f"{key}={show_value(ours[key].value)} overrules {show_value(new.value)} from its older names")
     return Translated(
         values={key: value.value for key, value in ours.items()},
-        notes=(*notes, *_effectless(given)),
+        notes=(*notes, *_effectless(given), *_idle(ours)),
         refusals=(*refusals, *_refused(given)),
     )
 
@@ -207,6 +210,39 @@ def _effectless(given: Mapping[str, Given]) -> list[str]:
     if "teacher.in_chans" in given and given["teacher.in_chans"].value != _value(given, "student.in_chans"):
         reasons["teacher.in_chans"] = PARENT_KEYS["teacher.in_chans"].reason
     return [f"{key}={show_value(given[key].value)} has no effect: {reason}" for key, reason in reasons.items()]
+
+
+def _idle(ours: Mapping[str, Given]) -> list[str]:
+    """Name the given keys of ours that another key leaves without effect, where they differ from the defaults.
+
+    Left out are those that the parents' files set in vain: interpolation with rope, mask_k_bias without a bias.
+    """
+    arch = _value(ours, "student.arch")
+    parts: list[tuple[set[str], str]] = []
+    if arch in RESNET_ARCHS:
+        of_vit = {key for key in leaves() if key.startswith("student.")} - {f"student.{name}" for name in _OF_RESNETS}
+        parts.append((of_vit, f"student.arch={arch} is no ViT"))
+    else:
+        if _value(ours, "student.pos_embed_type") == "learned":
+            rope = {key for key in leaves() if key.startswith("student.pos_embed_rope_")}
+            parts.append((rope, "student.pos_embed_type=learned has no such part"))
+        if not _value(ours, "crops.local_crops_number"):
+            parts.append(({"student.untie_global_and_local_cls_norm"}, "there are no local crops"))
+    if not _value(ours, "dino.reweight_dino_local_loss"):
+        schedule = {key for key in leaves() if key.startswith("dino.local_loss_weight_schedule.")}
+        parts.append((schedule, "dino.reweight_dino_local_loss=false"))
+    if not _value(ours, "dino.koleo_loss_distributed"):
+        parts.append(({"dino.koleo_distributed_loss_group_size"}, "dino.koleo_loss_distributed=false"))
+    if _value(ours, "compute_precision.sharding_strategy") != "HYBRID_SHARD":
+        reason = "compute_precision.sharding_strategy is not HYBRID_SHARD"
+        parts.append(({"compute_precision.hybrid_shard_size"}, reason))
+    defaults = {key: leaf.default for key, leaf in leaves().items()} | dict(LAYERS[_value(ours, "defaults")])
+    return [
+        f"{key}={show_value(given.value)} has no effect: {reason}"
+        for keys, reason in parts
+        for key, given in ours.items()
+        if key in keys and given.layer >= 0 and given.value != defaults[key]
+    ]
 
 
 def _refused(given: Mapping[str, Given]) -> list[str]:

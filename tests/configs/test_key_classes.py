@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from dinov2.configs import Config, load_config
+from dinov2.configs import Config, load_config, write_config
 from dinov2.configs.parent_keys import PARENT_KEYS
 from dinov2.configs.tree import leaves
 from dinov2.errors import ConfigError
@@ -162,3 +162,30 @@ def test_gram_as_null_or_a_schedule_loads(tmp_path):
     assert load_config(str(path)) == Config()
     path.write_text("gram: {loss_weight_schedule: {start: 0, peak: 1, end: 2.0, warmup_epochs: 3}}\n")
     assert load_config(str(path)) == Config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "others", "reason"),
+    [
+        ("student.pos_embed_rope_jitter_coords=1.5", [], "student.pos_embed_type=learned has no such part"),
+        (
+            "student.mask_k_bias=true",
+            ["student.arch=resnet18", "ibot.loss_weight=0"],
+            "student.arch=resnet18 is no ViT",
+        ),
+        ("student.untie_global_and_local_cls_norm=true", ["crops.local_crops_number=0"], "there are no local crops"),
+        ("dino.local_loss_weight_schedule.start=0.3", [], "dino.reweight_dino_local_loss=false"),
+        ("dino.koleo_distributed_loss_group_size=4", [], "dino.koleo_loss_distributed=false"),
+        ("compute_precision.hybrid_shard_size=4", [], "compute_precision.sharding_strategy is not HYBRID_SHARD"),
+    ],
+)
+def test_a_setting_that_another_one_makes_idle_is_noted(setting, others, reason):
+    assert load_config(None, [setting, *others]).notes == (f"{setting} has no effect: {reason}",)
+
+
+def test_defaults_that_rest_are_not_spoken_of(tmp_path):
+    resnet = ["student.arch=resnet18", "ibot.loss_weight=0"]
+    for settings in ([], [V3], resnet, [*resnet, V3], ["student.pos_embed_rope_base=100"]):
+        cfg = load_config(None, settings)
+        write_config(cfg, tmp_path / "config.yaml")
+        assert (cfg.notes, load_config(str(tmp_path / "config.yaml")).notes) == ((), ())
