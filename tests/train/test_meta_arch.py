@@ -6,6 +6,7 @@ from dense_step import dense_forward_backward
 from support.meta_arch import random_batch, tiny_arch, tiny_config
 from torch import nn
 
+from dinov2.fsdp import FSDPCheckpointer
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 MOVED = 0.1
@@ -40,6 +41,44 @@ def test_every_weight_is_set_at_the_start_and_depends_on_the_seed_alone():
     assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
     assert_equal(model.teacher, copy_of(model.student))
     assert_equal(tiny_arch(seed=3).student, copy_of(model.student))
+
+
+EVERY_OPTION = [
+    "defaults=dinov3",
+    "student.num_register_tokens=2",
+    "student.mask_k_bias=true",
+    "student.untie_cls_and_patch_norms=true",
+    "student.untie_global_and_local_cls_norm=true",
+    "student.ffn_layer=swiglu64",
+    "student.norm_layer=rmsnorm",
+]
+NO_VIT = [f"student.{name}=null" for name in ("embed_dim", "depth", "num_heads")]
+RESNET = ["student.arch=resnet18", *NO_VIT, "ibot.loss_weight=0"]
+
+
+def arch_full_of_nonsense(options):
+    """Build as training does, without memory at first; no value of this memory may last."""
+    with torch.device("meta"):
+        model = SSLMetaArch(tiny_config(options))
+    model.prepare_for_distributed_training(
+        torch.device("cpu"), strategy="SHARD_GRAD_OP", param_dtype=torch.float32, reduce_dtype=torch.float32
+    )
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.constant_(tensor, torch.nan if tensor.is_floating_point() else -7)
+    return model
+
+
+@pytest.mark.parametrize("options", [EVERY_OPTION, RESNET], ids=["dinov3", "resnet"])
+def test_first_weights_and_a_checkpoint_fill_all_memory(tmp_path, options):
+    model, resumed = arch_full_of_nonsense(options), arch_full_of_nonsense(options)
+    model.init_weights(3)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.isfinite().all() and not (tensor == -7).any(), name
+    FSDPCheckpointer(model, str(tmp_path)).save("model_0000000", iteration=0)
+    FSDPCheckpointer(resumed, str(tmp_path)).load(str(tmp_path / "model_0000000"))
+    expected = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in (*resumed.named_parameters(), *resumed.named_buffers()):
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_the_teacher_stays_in_evaluation_mode_and_learns_nothing_by_itself():
