@@ -105,13 +105,17 @@ class SSLMetaArch(nn.Module):
             CheckpointError: a given tensor cannot be read, on all ranks together.
         """
         generator = torch.Generator().manual_seed(seed)
-        networks: Mapping[str, nn.Module] = {}
+        networks: dict[str, nn.Module] = {}
         if is_main_process():
             with torch.device("meta"):
-                networks = self._build_networks()
+                networks = dict(self._build_networks())
+
+        def whole_state(name: str) -> State | None:
+            """Give rank 0 a module's tensors, whose memory no name holds longer than they are used."""
+            return _whole_state(networks.pop(name), (given or {}).get(name, {}), generator) if networks else None
+
         for name, module in self.student.items():
-            state = _whole_state(networks[name], (given or {}).get(name, {}), generator) if networks else None
-            load_full_state_dict(module, state, read=lambda stored: stored.read())
+            load_full_state_dict(module, whole_state(name), read=lambda stored: stored.read())
         copy_local_state(self.teacher, self.student)
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
