@@ -4,6 +4,8 @@
 
 Ties are settled: of equally similar training images the earlier in the dataset is nearer, of classes with equal votes
 the first wins. The headline score is at the first configured k that is not larger than the training set, not the best.
+Where validation images come in groups (parts, slides, plates), each group is also classified as a whole, by the mean of
+its images' votes: see `dinov2.eval.groups`.
 
 Source: Wu et al. 2018, arXiv:1805.01978; numbers and options of the parents' `eval/knn.py`.
 """
@@ -56,7 +58,10 @@ class OnlineKnn:
         self._evaluate = build_evaluation(cfg, device=device)
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """Return top-1 accuracies in percent: `knn_top1_pct` at the first k, `knn10_top1_pct` at 10, and so on."""
+        """Return top-1 accuracies in percent: `knn_top1_pct` at the first k, `knn10_top1_pct` at 10, and so on.
+
+        If the validation set has groups, `knn_group_top1_pct` and so on are theirs.
+        """
         scores = self._evaluate(backbone).named_scores()
         return {name: score for name, score in scores.items() if name.endswith("_top1_pct")}
 
@@ -118,6 +123,7 @@ def _report(result: KnnResult, cfg: Config, *, args: argparse.Namespace) -> Mapp
         "few_shot": [asdict(score) for score in result.scores if score.n_per_class != FULL],
         "n_train": result.n_train,
         "n_val": result.n_val,
+        "n_val_groups": result.n_val_groups,
         "n_classes": result.n_classes,
         "n_features": result.n_features,
         "temperature": knn.temperature,
@@ -135,17 +141,19 @@ def _report(result: KnnResult, cfg: Config, *, args: argparse.Namespace) -> Mapp
 
 
 def format_table(result: KnnResult) -> str:
-    """Lay the scores out for the screen, one line for each k."""
+    """Lay the scores out for the screen, one line for each k; with a column of groups if they are scored."""
+    groups = f" in {result.n_val_groups} groups" if result.n_val_groups else ""
     lines = [
-        f"k-NN on {result.n_train} training and {result.n_val} validation images, {result.n_classes} classes, "
+        f"k-NN on {result.n_train} training and {result.n_val} validation images{groups}, {result.n_classes} classes, "
         f"{result.n_features} features",
-        f"{'images per class':>16}  {'k':>5}  {'top-1 %':>8}  {'top-5 %':>8}  {'mean per class %':>16}",
+        f"{'images per class':>16}  {'k':>5}  {'top-1 %':>8}  {'top-5 %':>8}  {'mean per class %':>16}"
+        + (f"  {'group top-1 %':>13}" if groups else ""),
     ]
     for score in result.scores:
         images = "all" if score.n_per_class == FULL else str(score.n_per_class)
         lines.append(
             f"{images:>16}  {score.k:>5}  {score.top1_pct:>8.2f}  {score.top5_pct:>8.2f}  "
-            f"{score.mean_per_class_pct:>16.2f}"
+            f"{score.mean_per_class_pct:>16.2f}" + (f"  {score.group_top1_pct:>13.2f}" if groups else "")
         )
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ from torch import nn
 from dinov2.distributed import all_gather_varlen
 from dinov2.eval.build import NamedDataset
 from dinov2.eval.features import NO_LABEL, Features, extract_local_features
-from dinov2.eval.knn_scores import FULL, KnnScore, few_shot_scores, full_scores, usable_ks
+from dinov2.eval.groups import Groups, match_groups
+from dinov2.eval.knn_scores import FULL, KnnScore, few_shot_scores, scores_at, usable_ks
 from dinov2.eval.labels import Classes, LabelledSet, match_classes
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,21 @@ class KnnResult:
     n_val: int
     n_classes: int  # of the training set
     n_features: int
+    n_val_groups: int = 0  # that are scored
 
     def named_scores(self) -> dict[str, float]:
-        """Return the accuracies with all training images: `knn_*` at the first k, `knn10_*` at 10, and so on."""
+        """Return the accuracies with all training images: `knn_*` at the first k, `knn10_*` at 10, and so on.
+
+        Those of groups, `knn_group_top1_pct` and so on, are there only if groups are scored.
+        """
         full = [score for score in self.scores if score.n_per_class == FULL]
         named = {}
         for prefix, score in [("knn", score) for score in full[:1]] + [(f"knn{score.k}", score) for score in full]:
             named[f"{prefix}_top1_pct"] = score.top1_pct
             named[f"{prefix}_top5_pct"] = score.top5_pct
             named[f"{prefix}_mean_per_class_pct"] = score.mean_per_class_pct
+            if score.group_top1_pct is not None:
+                named[f"{prefix}_group_top1_pct"] = score.group_top1_pct
         return named
 
 
@@ -47,7 +54,8 @@ class KnnEvaluation:
 
     Args:
         train: labelled images that vote, as tensors of one size.
-        val: labelled images that are classified.
+        val: labelled images that are classified; with a column "group" in `metadata()`, also group by group, see
+            `dinov2.eval.groups`.
         nb_knn: numbers of neighbours; those larger than the training set are left out with a warning.
         temperature: of the votes, > 0.
         batch_size: images of one rank in one forward pass.
@@ -75,8 +83,7 @@ class KnnEvaluation:
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         self.train, self.val = train, val
-        self.temperature = temperature
-        self.device = device
+        self._scoring: dict[str, Any] = {"temperature": temperature, "device": device}
         self._extraction: dict[str, Any] = {
             "batch_size": batch_size,
             "num_workers": num_workers,
@@ -84,11 +91,12 @@ class KnnEvaluation:
             "dtype": dtype,
             "on_bad_image": on_bad_image,
         }
+        self._val_groups = _group_numbers(val)
         self._has_noted = False
         num_train = len(train.dataset)
         known_train, known_val = _known_labels(train), _known_labels(val)
         if known_train is not None and known_val is not None:
-            self._note(match_classes(known_train, known_val))
+            self._match(known_train, known_val)
             num_train = known_train.count()
         self.nb_knn = usable_ks(nb_knn, num_train=num_train, name=train.name)
 
@@ -114,14 +122,13 @@ class KnnEvaluation:
         """
         train, train_labels = self._extract(model, self.train, show_progress=show_progress)
         val, val_labels = self._extract(model, self.val, show_progress=show_progress)
-        classes = match_classes(train_labels, val_labels)
-        self._note(classes)
-        settings: dict[str, Any] = {"classes": classes, "temperature": self.temperature, "device": self.device}
+        classes, groups = self._match(train_labels, val_labels)
+        settings = self._scoring | {"classes": classes, "groups": groups}
         scores: list[KnnScore] = []
         for n_per_class in n_per_class_list:
             if n_per_class == FULL:
                 ks = usable_ks(self.nb_knn, num_train=train_labels.count(), name=self.train.name)
-                scores += full_scores(train, val, ks=ks, **settings)
+                scores += scores_at(train, val, ks=ks, **settings)
             else:
                 settings_of_few = settings | {"n_per_class": n_per_class, "n_tries": n_tries}
                 scores += few_shot_scores(train, val, nb_knn=self.nb_knn, **settings_of_few)
@@ -131,6 +138,7 @@ class KnnEvaluation:
             n_val=val_labels.count(),
             n_classes=classes.count,
             n_features=train.values.shape[1],
+            n_val_groups=groups.count,
         )
 
     def _extract(self, model: nn.Module, named: NamedDataset, *, show_progress: bool) -> tuple[Features, LabelledSet]:
@@ -141,11 +149,15 @@ class KnnEvaluation:
         targets[all_gather_varlen(features.indices).numpy()] = all_gather_varlen(features.targets).numpy()
         return features, LabelledSet(name=named.name, targets=targets, class_names=_class_names(named))
 
-    def _note(self, classes: Classes) -> None:
+    def _match(self, train: LabelledSet, val: LabelledSet) -> tuple[Classes, Groups]:
+        """Bring the labels to one numbering; what the user should know of them is logged the first time."""
+        classes = match_classes(train, val)
+        groups = match_groups(val, classes=classes.val, groups=self._val_groups)
         if not self._has_noted:
-            for note in classes.notes:
+            for note in (*classes.notes, *groups.notes):
                 logger.warning("%s", note)
         self._has_noted = True
+        return classes, groups
 
 
 def _known_labels(named: NamedDataset) -> LabelledSet | None:
@@ -156,6 +168,16 @@ def _known_labels(named: NamedDataset) -> LabelledSet | None:
     if targets is None:
         targets = np.empty(0, dtype=np.int64)
     return LabelledSet(name=named.name, targets=np.asarray(targets), class_names=_class_names(named))
+
+
+def _group_numbers(named: NamedDataset) -> np.ndarray | None:
+    """Group of each image, as any numbers; None without a column of groups."""
+    columns = named.dataset.metadata() if hasattr(named.dataset, "metadata") else {}
+    if "group" not in columns:
+        return None
+    # numbers where there are some: parts of a mixture may have groups of one name
+    groups = named.dataset.groups() if hasattr(named.dataset, "groups") else columns["group"]
+    return np.unique(np.asarray(groups), return_inverse=True)[1]
 
 
 def _class_names(named: NamedDataset) -> Sequence[str]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from dinov2.distributed import all_reduce_sum
 from dinov2.errors import ConfigError
 from dinov2.eval.features import Features
+from dinov2.eval.groups import Groups, GroupVotes
 from dinov2.eval.labels import Classes
 from dinov2.eval.neighbours import find_neighbours, num_better_classes, vote
 
@@ -29,6 +31,7 @@ class KnnScore:
     top5_pct: float  # the right class is among the five with most votes, and has a vote
     mean_per_class_pct: float  # mean over classes of top-1, over the classes that both sets have
     top1_std_pct: float = 0.0  # spread over random choices of the training images
+    group_top1_pct: float | None = None  # percent of the groups, see `dinov2.eval.groups`; None without groups
 
 
 def usable_ks(nb_knn: Sequence[int], *, num_train: int, name: str) -> list[int]:
@@ -50,24 +53,41 @@ def usable_ks(nb_knn: Sequence[int], *, num_train: int, name: str) -> list[int]:
     return usable
 
 
-def full_scores(
-    train: Features, val: Features, *, classes: Classes, ks: Sequence[int], temperature: float, device: torch.device
+def scores_at(
+    train: Features,
+    val: Features,
+    *,
+    classes: Classes,
+    groups: Groups,
+    ks: Sequence[int],
+    temperature: float,
+    device: torch.device,
+    n_per_class: int = FULL,
 ) -> list[KnnScore]:
-    """Score with all labelled training images; called by all ranks, equal results on all.
+    """Score with the labelled training images that are given; called by all ranks, equal results on all.
 
     Args:
         train: features of this rank's training images.
         val: features of this rank's validation images.
         classes: class of every image of both sets, by place in the dataset.
+        groups: groups of the validation images.
         ks: numbers of neighbours, at most the labelled training images.
         temperature: of the votes, > 0.
         device: where similarities are computed.
+        n_per_class: training images of each class that these are, for the scores.
 
     Returns:
         One score for each k, in the order of `ks`.
     """
-    counts = _count(train, val, classes=classes, ks=ks, temperature=temperature, device=device)
-    return [_score(counts[k], k=k, n_per_class=FULL) for k in ks]
+    rising = sorted(ks)
+    counts, of_groups = _count(
+        train, val, classes=classes, groups=groups, ks=rising, temperature=temperature, device=device
+    )
+    scores = {
+        k: _score(of_images, k=k, n_per_class=n_per_class, group_top1_pct=of_group)
+        for k, of_images, of_group in zip(rising, counts, of_groups, strict=True)
+    }
+    return [scores[k] for k in ks]
 
 
 def few_shot_scores(
@@ -75,6 +95,7 @@ def few_shot_scores(
     val: Features,
     *,
     classes: Classes,
+    groups: Groups,
     nb_knn: Sequence[int],
     n_per_class: int,
     n_tries: int,
@@ -89,12 +110,12 @@ def few_shot_scores(
     num_chosen = len(choose_few(classes.train, n_per_class=n_per_class, seed=0))
     largest = min(n_per_class, num_chosen)
     ks = sorted({k for k in (*nb_knn, largest) if k <= largest})
+    settings: dict[str, Any] = {"temperature": temperature, "device": device, "n_per_class": n_per_class}
     tries: list[list[KnnScore]] = []
     for seed in range(n_tries):
         chosen = choose_few(classes.train, n_per_class=n_per_class, seed=seed)
         few = train.take(torch.isin(train.indices, chosen))
-        counts = _count(few, val, classes=classes, ks=ks, temperature=temperature, device=device)
-        tries.append([_score(counts[k], k=k, n_per_class=n_per_class) for k in ks])
+        tries.append(scores_at(few, val, classes=classes, groups=groups, ks=ks, **settings))
     return [_mean(scores) for scores in zip(*tries, strict=True)]
 
 
@@ -118,33 +139,40 @@ def choose_few(classes: np.ndarray, *, n_per_class: int, seed: int) -> Tensor:
 
 
 def _count(
-    train: Features, val: Features, *, classes: Classes, ks: Sequence[int], temperature: float, device: torch.device
-) -> dict[int, Tensor]:
+    train: Features,
+    val: Features,
+    *,
+    classes: Classes,
+    groups: Groups,
+    ks: Sequence[int],
+    temperature: float,
+    device: torch.device,
+) -> tuple[Tensor, list[float | None]]:
     """For each k, count validation images, those right at first and those right among five, by class: [3, C + 1].
 
-    The last column is for images whose class the training set lacks.
+    The last column is for images whose class the training set lacks. The k rise. Beside the counts, for each k: percent
+    of the groups that are right.
     """
     train, val = train.take(train.targets >= 0), val.take(val.targets >= 0)
     class_of_train, class_of_val = torch.from_numpy(classes.train), torch.from_numpy(classes.val)
     counts = torch.zeros(len(ks), 3, classes.count + 1, dtype=torch.int64)
-    rising = sorted(ks)
+    group_votes = GroupVotes(groups, num_ks=len(ks), num_classes=classes.count)
     for rows, similarities, places in find_neighbours(
-        val.values, train.values, train_indices=train.indices, num_neighbours=rising[-1], device=device
+        val.values, train.values, train_indices=train.indices, num_neighbours=ks[-1], device=device
     ):
         targets = class_of_val[val.indices[rows]]
         column = torch.where(targets < 0, classes.count, targets)
-        votes_of = vote(
-            similarities, class_of_train[places], ks=rising, temperature=temperature, num_classes=classes.count
-        )
+        votes_of = vote(similarities, class_of_train[places], ks=ks, temperature=temperature, num_classes=classes.count)
         for number, (_, votes) in enumerate(votes_of):
+            group_votes.add(votes, images=val.indices[rows], number_of_k=number)
             better = num_better_classes(votes, targets)
             right = (torch.ones_like(better), (better < 1) & (targets >= 0), (better < 5) & (targets >= 0))
             for row, weight in enumerate(right):
                 counts[number, row].scatter_add_(0, column, weight.long())
-    return dict(zip(rising, all_reduce_sum(counts), strict=True))
+    return all_reduce_sum(counts), group_votes.top1_pct()
 
 
-def _score(counts: Tensor, *, k: int, n_per_class: int) -> KnnScore:
+def _score(counts: Tensor, *, k: int, n_per_class: int, group_top1_pct: float | None) -> KnnScore:
     images, top1, top5 = counts.double()
     known = images[:-1] > 0
     return KnnScore(
@@ -153,12 +181,14 @@ def _score(counts: Tensor, *, k: int, n_per_class: int) -> KnnScore:
         top1_pct=100 * (top1.sum() / images.sum()).item(),
         top5_pct=100 * (top5.sum() / images.sum()).item(),
         mean_per_class_pct=100 * (top1[:-1][known] / images[:-1][known]).mean().item(),
+        group_top1_pct=group_top1_pct,
     )
 
 
 def _mean(scores: Sequence[KnnScore]) -> KnnScore:
     """Average the tries of one k."""
     top1 = [score.top1_pct for score in scores]
+    of_groups = [score.group_top1_pct for score in scores if score.group_top1_pct is not None]
     return KnnScore(
         k=scores[0].k,
         n_per_class=scores[0].n_per_class,
@@ -166,4 +196,5 @@ def _mean(scores: Sequence[KnnScore]) -> KnnScore:
         top5_pct=float(np.mean([score.top5_pct for score in scores])),
         mean_per_class_pct=float(np.mean([score.mean_per_class_pct for score in scores])),
         top1_std_pct=float(np.std(top1)),
+        group_top1_pct=float(np.mean(of_groups)) if of_groups else None,
     )

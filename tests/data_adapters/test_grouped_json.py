@@ -358,5 +358,6 @@ def test_twenty_steps_of_training_with_k_nn_on_val(tmp_path):
     assert np.isfinite(losses_of(tmp_path / "run").numpy()).all()
     result = json.loads((tmp_path / "run/eval/training_19/results_eval_knn.json").read_text())
     assert 0 <= result["knn3_top1_pct"] <= 100
+    assert 0 <= result["knn_group_top1_pct"] == result["knn3_group_top1_pct"] <= 100
     assert os.listdir(tmp_path / "run/cache/index")
     assert sorted(os.listdir(tmp_path / "data")) == ["annotations", "test", "train", "val"]

@@ -77,6 +77,7 @@ def test_program_writes_results_and_a_table(weights, tmp_path, capsys):
     captured = capsys.readouterr()
     table = captured.out.splitlines()
     assert table[0] == "k-NN on 1198 training and 599 validation images, 10 classes, 48 features"
+    assert "group" not in "".join([*table, *found]).replace("n_val_groups", "")
     assert [line.split()[:2] for line in table[2:]] == [["all", "10"], ["all", "5"], ["5", "5"]]
     assert "k-NN leaves out k=[9999]: Digits:split=TRAIN has only 1198 labelled images" in captured.err
     assert (tmp_path / "out" / "logs" / "log.txt").is_file()
@@ -183,3 +184,27 @@ def test_a_set_that_classifies_itself_is_warned_about(weights, tmp_path, capsys)
     keys[keys.index("--train-dataset") + 1] = keys[keys.index("--val-dataset") + 1]
     assert main(keys) == 0
     assert "both votes and is classified" in capsys.readouterr().err
+
+
+def test_groups_are_scored_beside_images(weights, tmp_path, capsys):
+    root = tmp_path / "parts"
+    make_grouped_json(root)
+    train, val = (f"GroupedJSON:root={root}:split={split}" for split in ("train", "val"))
+    keys = [*arguments(weights, tmp_path, "--nb_knn", "3", "1")]
+    keys[keys.index("--train-dataset") + 1], keys[keys.index("--val-dataset") + 1] = train, val
+    assert main(keys) == 0
+    names = ["knn_group_top1_pct", "knn3_group_top1_pct", "knn1_group_top1_pct"]
+    found = results(tmp_path)
+    assert [name for name in found if "_group_" in name] == names and found["n_val_groups"] == 6
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "k-NN on 18 training and 18 validation images in 6 groups, 2 classes, 48 features"
+    assert table[1].endswith("  group top-1 %")
+    assert [float(line.split()[-1]) for line in table[2:]] == pytest.approx(
+        [found[name] for name in names[1:]], abs=0.01
+    )
+    online = [f"evaluation.knn.{part}_dataset_path={name}" for part, name in (("train", train), ("val", val))]
+    cfg = load_config(
+        None, [*MODEL, *SIZES, *ONLINE, *online, "evaluation.knn.nb_knn=[3, 1]", f"train.output_dir={tmp_path}"]
+    )
+    scores = OnlineKnn(cfg, device=CPU)(backbone())
+    assert {name: scores[name] for name in names} == {name: found[name] for name in names}
