@@ -1,30 +1,15 @@
-import json
-
 import pytest
-from support.images import encode, photo
+from support.image_nets import IMAGE_NET_100_FOLDERS, write_image_net_100
 
 from dinov2.data import make_dataset
 from dinov2.errors import ConfigError, DatasetError
 
-FOLDERS = {
-    "n02012849": "train.X1",
-    "n01440764": "train.X1",
-    "n03126707": "train.X2",
-    "n02500267": "train.X3",
-    "n01514668": "train.X4",
-}
-TITLES = {"n01440764": "tench, Tinca tinca", "n02012849": "crane", "n03126707": "crane", "n01514668": "cock"}
 NAMES = ["tench, Tinca tinca", "cock", "crane (n02012849)", "n02500267", "crane (n03126707)"]
 
 
 @pytest.fixture
 def root(tmp_path):
-    for name, folder in FOLDERS.items():
-        for place, count in ((folder, 2), ("val.X", 1)):
-            (tmp_path / place / name).mkdir(parents=True)
-            for number in range(count):
-                (tmp_path / place / name / f"{number}.JPEG").write_bytes(encode(photo(number, size=(16, 12))))
-    (tmp_path / "Labels.json").write_text(json.dumps(TITLES))
+    write_image_net_100(tmp_path)
     return tmp_path
 
 
@@ -38,12 +23,12 @@ def test_the_four_folders_of_training_are_one_split(root, split, count):
     assert len(dataset) == count
     assert dataset.class_names == NAMES
     folders = [dataset.path(index).split("/")[-2] for index in range(count)]
-    assert dataset.get_targets().tolist() == [sorted(FOLDERS).index(name) for name in folders]
+    assert dataset.get_targets().tolist() == [sorted(IMAGE_NET_100_FOLDERS).index(name) for name in folders]
 
 
 def test_without_titles_classes_have_the_names_of_their_folders(root):
     (root / "Labels.json").unlink()
-    assert image_net_100(root, "val").class_names == sorted(FOLDERS)
+    assert image_net_100(root, "val").class_names == sorted(IMAGE_NET_100_FOLDERS)
 
 
 def test_broken_titles_and_layouts_are_named(root):

@@ -1,22 +1,14 @@
 import pytest
-from support.images import encode, photo
+from support.image_nets import IMAGENETTE_CLASSES, write_imagenette
 
 from dinov2.data import make_dataset
 from dinov2.errors import ConfigError, DatasetError
-
-CLASSES = ("n03888257", "n01440764", "n03028079")
 
 
 @pytest.fixture
 def root(tmp_path):
     root = tmp_path / "imagenette2-320"
-    for split, count in (("train", 3), ("val", 2)):
-        for name in CLASSES:
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                (folder / f"{name}_{number}.JPEG").write_bytes(encode(photo(number, size=(16, 12))))
-    (root / "noisy_imagenette.csv").write_text("path,noisy_labels_0\n")
+    write_imagenette(root)
     return root
 
 
@@ -30,7 +22,7 @@ def test_each_split_has_its_images_and_the_names_of_its_classes(root, split, cou
     assert len(dataset) == count
     assert dataset.class_names == ["tench", "church", "parachute"]
     folders = [dataset.path(index).split("/")[-2] for index in range(count)]
-    assert dataset.get_targets().tolist() == [sorted(CLASSES).index(name) for name in folders]
+    assert dataset.get_targets().tolist() == [sorted(IMAGENETTE_CLASSES).index(name) for name in folders]
     assert dataset[count - 1][1] == 2
     assert dataset[0][0].size == (16, 12)
 
