@@ -1,28 +1,15 @@
 import pytest
-from support.images import encode, photo
+from support.image_nets import IMAGE_NET_CLASSES, write, write_image_net
 
 from dinov2.data import make_dataset
 from dinov2.data.datasets import ImageNet
 from dinov2.errors import ConfigError, DatasetError
 
-CLASSES = ("n02012849", "n01440764", "n03126707")
-
-
-def write(path, number=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(photo(number, size=(16, 12))))
-
 
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "imagenet"
-    for number, name in enumerate(CLASSES):
-        write(root / "train" / name / f"{name}_{number}.JPEG", number)
-        write(root / "train" / name / f"{name}_9.JPEG", number)
-        write(root / "val" / name / f"ILSVRC2012_val_0000000{number}.JPEG", number)
-    write(root / "test" / "ILSVRC2012_test_00000001.JPEG")
-    (root / "labels.txt").write_text('n01440764,tench\nn02012849,crane\nn03126707,"crane"\n\n')
-    return root
+    write_image_net(tmp_path / "imagenet")
+    return tmp_path / "imagenet"
 
 
 def image_net(root, split, **options):
@@ -37,7 +24,7 @@ def test_labelled_splits(root, split, count):
     assert len(dataset) == count
     assert dataset.class_names == ["tench", "crane (n02012849)", "crane (n03126707)"]
     folders = [dataset.path(index).split("/")[-2] for index in range(count)]
-    assert dataset.get_targets().tolist() == [sorted(CLASSES).index(name) for name in folders]
+    assert dataset.get_targets().tolist() == [sorted(IMAGE_NET_CLASSES).index(name) for name in folders]
 
 
 def test_the_test_split_has_no_labels(root):
@@ -85,4 +72,4 @@ def test_a_broken_list_of_titles_is_named(root):
         f"dataset ImageNet: {root}/labels.txt: line 2 is not <class>,<title>; mend it or remove it"
     )
     (root / "labels.txt").unlink()
-    assert image_net(root, "TRAIN").class_names == sorted(CLASSES)
+    assert image_net(root, "TRAIN").class_names == sorted(IMAGE_NET_CLASSES)

@@ -1,10 +1,10 @@
 import gzip
-import io
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
+from support.image_nets import add, write_image_net_22k
 from support.images import encode, photo
 
 from dinov2.data import make_dataset
@@ -12,26 +12,10 @@ from dinov2.data.datasets import ImageNet22k
 from dinov2.errors import DatasetError
 
 
-def add(archive, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "imagenet22k"
-    root.mkdir()
-    for number, name in enumerate(("n00005787", "n00004475")):
-        with tarfile.open(root / f"{name}.tar", "w") as archive:
-            for image in range(3):
-                data = encode(photo(10 * number + image, size=(16, 12)), "PNG")
-                add(archive, f"{name}_{image}.JPEG", gzip.compress(data) if image == 1 else data)
-            link = tarfile.TarInfo(f"{name}_link.JPEG")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            archive.addfile(link)
-    (root / "readme.txt").write_text("x")
-    return root
+    write_image_net_22k(tmp_path / "imagenet22k")
+    return tmp_path / "imagenet22k"
 
 
 def image_net_22k(root, **options):
