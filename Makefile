@@ -26,8 +26,9 @@ demo: $(INSTALLED) ## train a tiny network on real images on the CPU, k-NN befor
 	rm -rf $(DEMO_DIR)
 	$(PY) dinov2/train/train.py --config-file configs/train/demo_digits.yaml --output-dir $(DEMO_DIR)
 
+# Two tests at a time, on one thread each: most of a test is Python, and the second core would wait.
 test: $(INSTALLED) ## unit tests, and those that start several processes
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
 
 test-integration: $(INSTALLED) ## tests with real components, or of minutes
 	$(PY) -m pytest -m integration

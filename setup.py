@@ -24,6 +24,7 @@ CORE = [
 EXTRAS = {
     "test": [
         "pytest>=8.2",
+        "pytest-xdist>=3.6",
         "ruff>=0.8",
         "timm>=1.0.20",
         "transformers>=5.0",

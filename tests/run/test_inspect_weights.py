@@ -33,6 +33,7 @@ def save(path, model, *, key="teacher", **more):
 
 def run(capsys, *argv):
     """Return the exit code, the table as {fact: text}, and the last line of errors."""
+    capsys.readouterr()  # what came before
     code = main([str(text) for text in argv])
     captured = capsys.readouterr()
     rows = dict(line.split("  ", 1) for line in captured.out.splitlines() if "  " in line)
