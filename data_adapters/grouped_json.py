@@ -99,12 +99,8 @@ class GroupedJSON(ExtendedVisionDataset):
 
     def encoded_image(self, index: int) -> ImageSource:
         """Image with its header read and its pixels not yet."""
-        try:
-            data = self.get_image_data(index)
-        except OSError as error:
-            raise DatasetError(error.strerror or str(error)) from error
         settings = {"channels": self.channels, "max_image_pixels": self.max_image_pixels, "bits": self.bits}
-        return open_image_file(self.path(index), data, **settings)
+        return open_image_file(self.path(index), self.file_data(index), **settings)
 
     def get_target(self, index: int) -> int | None:
         label = int(self._index["label"][self._rows[index]])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data_adapters.histology_tables import tiles_of_folders, tiles_of_table
-from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.extended import NUM_PROBES, ExtendedVisionDataset, failure_of_all
 from dinov2.data.datasets.folder_images import comma_list
 from dinov2.data.datasets.image_source import ImageSource
 from dinov2.data.datasets.wide_tiff import open_image_file
@@ -269,18 +269,12 @@ class Histology(ExtendedVisionDataset):
 
     def _require_a_readable_tile(self) -> None:
         """Try tiles from the first on until one can be read."""
-        num_probes = min(len(self), 100)
-        first_error = None
-        for index in range(num_probes):
-            try:
-                self[index]
-                return
-            except DatasetError as error:
-                first_error = first_error or error
-        raise DatasetError(
-            f"none of the first {num_probes} of {len(self)} tiles below {self.root} can be read; the first: "
-            f"{first_error}"
-        )
+        num_probes = min(len(self), NUM_PROBES)
+        error = failure_of_all(self, num_probes=num_probes)
+        if error is not None:
+            raise DatasetError(
+                f"none of the first {num_probes} of {len(self)} tiles below {self.root} can be read; the first: {error}"
+            )
 
 
 class StainNormalised:

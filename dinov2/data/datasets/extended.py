@@ -14,6 +14,8 @@ from dinov2.errors import ConfigError, DatasetError
 
 _BITS = (8, 16)
 
+NUM_PROBES = 100  # images tried, at most, before a dataset counts as unreadable
+
 
 class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
     """A dataset of image files; an item is (image, target), the target None without a label.
@@ -161,11 +163,15 @@ class ExtendedVisionDataset(Dataset[tuple[Any, Any]], ABC):
 
     def encoded_image(self, index: int) -> ImageSource:
         """Image with its header read and its pixels not yet; decoding it raises a `DatasetError` without the path."""
+        data = self.file_data(index)
+        return EncodedImage(data, channels=self.channels, max_image_pixels=self.max_image_pixels, bits=self.bits)
+
+    def file_data(self, index: int) -> bytes:
+        """Content of the image's file; what the system refuses is a `DatasetError` without the path."""
         try:
-            data = self.get_image_data(index)
+            return self.get_image_data(index)
         except OSError as error:
             raise DatasetError(error.strerror or str(error)) from error
-        return EncodedImage(data, channels=self.channels, max_image_pixels=self.max_image_pixels, bits=self.bits)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`, decoded and transformed.
@@ -220,6 +226,18 @@ class LazyColumns(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._columns)
+
+
+def failure_of_all(dataset: Any, *, num_probes: int) -> DatasetError | None:
+    """Read images from the first on until one succeeds; the first error if none of `num_probes` does, else None."""
+    first_error = None
+    for index in range(num_probes):
+        try:
+            dataset[index]
+            return None
+        except DatasetError as error:
+            first_error = first_error or error
+    return first_error
 
 
 def unreadable(dataset: Any, index: int, reason: Exception) -> DatasetError:

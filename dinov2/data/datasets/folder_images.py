@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.datasets.decoders import EncodedImage
-from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.extended import NUM_PROBES, ExtendedVisionDataset, failure_of_all
 from dinov2.data.datasets.wide_tiff import WideTiff, open_image_file
 from dinov2.data.folder_scan import EXTENSIONS, scan_images
 from dinov2.data.index import Index, Strings, counted, stored_index
 from dinov2.data.names import nearest
 from dinov2.errors import ConfigError, DatasetError
 
-_NUM_PROBES = 100  # images tried, at most, before a folder counts as unreadable
 GROUP_KEYS = ("val_fraction", "test_fraction", "split_by", "one_per_group")  # of no use where folders are the splits
 _NUM_SHOWN = 20  # classes offered in a sentence
 
@@ -126,12 +125,8 @@ class FolderImages(ExtendedVisionDataset):
         return Path(self.path(index)).read_bytes()
 
     def encoded_image(self, index: int) -> EncodedImage | WideTiff:
-        try:
-            data = self.get_image_data(index)
-        except OSError as error:
-            raise DatasetError(error.strerror or str(error)) from error
         settings = {"channels": self.channels, "max_image_pixels": self.max_image_pixels, "bits": self.bits}
-        return open_image_file(self.path(index), data, **settings)
+        return open_image_file(self.path(index), self.file_data(index), **settings)
 
     def get_target(self, index: int) -> int | None:
         if "target" not in self._table or self._table["target"][index] < 0:
@@ -170,18 +165,13 @@ class FolderImages(ExtendedVisionDataset):
 
     def _require_a_readable_image(self) -> None:
         """Try images from the first on until one can be read."""
-        num_probes = min(len(self), _NUM_PROBES)
-        first_error = None
-        for index in range(num_probes):
-            try:
-                self[index]
-                return
-            except DatasetError as error:
-                first_error = first_error or error
-        raise DatasetError(
-            f"folder {self.root}: none of the first {num_probes} of its {len(self)} images can be read; "
-            f"the first: {first_error}"
-        )
+        num_probes = min(len(self), NUM_PROBES)
+        error = failure_of_all(self, num_probes=num_probes)
+        if error is not None:
+            raise DatasetError(
+                f"folder {self.root}: none of the first {num_probes} of its {len(self)} images can be read; "
+                f"the first: {error}"
+            )
 
 
 def require_folders(dataset: str, root: str, folders: Sequence[str], *, layout: str) -> None:
