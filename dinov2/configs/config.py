@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
 from dinov2.configs.default_layers import Family
+from dinov2.configs.evaluation_sections import EvaluationConfig
 from dinov2.configs.model_sections import (
     ComputePrecisionConfig,
     DinoConfig,
@@ -13,7 +14,6 @@ from dinov2.configs.model_sections import (
 )
 from dinov2.configs.run_sections import (
     CheckpointingConfig,
-    EvaluationConfig,
     LoggingConfig,
     OptimConfig,
     TrainConfig,

@@ -1,10 +1,10 @@
-"""Settings of a run: data and batch, optimiser and schedules, checkpoints, evaluation, logging.
+"""Settings of a run: data and batch, optimiser and schedules, checkpoints, logging.
 
 The comment of a field gives its unit and range, and where a number comes from. Defaults are DINOv2's (arXiv:2304.07193
 and its released configs). A step is an optimiser step; an epoch is train.OFFICIAL_EPOCH_LENGTH steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dinov2.configs.section import Section, nearest_multiples
@@ -120,49 +120,6 @@ class CheckpointingConfig(Section):
                 f"checkpointing.keep_every={self.keep_every} is not a multiple of checkpointing.period={self.period}; "
                 f"use {nearest_multiples(self.keep_every, self.period)}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnnConfig(Section):
-    """k-NN classification with the teacher's features while training (arXiv:1805.01978)."""
-
-    KEY: ClassVar[str] = "evaluation.knn"
-
-    train_dataset_path: str | None = None  # images with known labels, as train.dataset_path; null: no k-NN
-    val_dataset_path: str | None = None  # images to classify
-    nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours to try, each >= 1
-    temperature: float = 0.07  # of the neighbours' votes, > 0
-    batch_size: int = 256  # images of one rank in one forward pass, >= 1
-    image_size_px: int | None = None  # px, a multiple of student.patch_size; null: crops.global_crops_size
-    resize_ratio: float = 1.142857  # shorter side before the centre crop over image_size_px, >= 1 (256 / 224)
-
-    def __post_init__(self) -> None:
-        holds = len(self.nb_knn) > 0 and all(k >= 1 for k in self.nb_knn)
-        self.require("nb_knn", holds, "a list of numbers of at least 1, such as [10, 20]")
-        self.require("temperature", self.temperature > 0, "above 0")
-        self.require("batch_size", self.batch_size >= 1, "at least 1 image")
-        self.require("image_size_px", self.image_size_px is None or self.image_size_px >= 1, "at least 1 px, or null")
-        self.require("resize_ratio", self.resize_ratio >= 1, "at least 1")
-        for given, missing in (
-            ("train_dataset_path", "val_dataset_path"),
-            ("val_dataset_path", "train_dataset_path"),
-        ):
-            if getattr(self, given) is not None and getattr(self, missing) is None:
-                raise ConfigError(f"{self.KEY}.{given} is set but {self.KEY}.{missing} is not; set both or neither")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Section):
-    """Checks while training."""
-
-    KEY: ClassVar[str] = "evaluation"
-
-    eval_period_iterations: int | None = 12500  # steps between evaluations, >= 0; 0 or null: never
-    at_start: bool = True  # evaluate before the first step, for comparison
-    knn: KnnConfig = field(default_factory=KnnConfig)
-
-    def __post_init__(self) -> None:
-        self.require("eval_period_iterations", (self.eval_period_iterations or 0) >= 0, "at least 0 steps, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from dinov2.configs import Config, load_config
-from dinov2.configs.run_sections import KnnConfig, TrainConfig
+from dinov2.configs.evaluation_sections import KnnConfig
+from dinov2.configs.run_sections import TrainConfig
 from dinov2.errors import ConfigError
 
 _STANDS_FOR = {  # option: config key
