@@ -11,7 +11,7 @@ from torch import nn
 
 from dinov2.distributed import all_gather_varlen
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.features import NO_LABEL, Features, extract_local_features
+from dinov2.eval.extraction import NO_LABEL, Features, extract_local_features
 from dinov2.eval.groups import Groups, match_groups
 from dinov2.eval.knn_scores import FULL, KnnScore, few_shot_scores, scores_at, usable_ks
 from dinov2.eval.labels import Classes, LabelledSet, match_classes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_reduce_sum
 from dinov2.errors import ConfigError
-from dinov2.eval.features import Features
+from dinov2.eval.extraction import Features
 from dinov2.eval.groups import Groups, GroupVotes
 from dinov2.eval.labels import Classes
 from dinov2.eval.neighbours import find_neighbours, num_better_classes, vote

@@ -14,7 +14,7 @@ from torch import nn
 from dinov2 import distributed
 from dinov2.errors import CheckpointError, ConfigError, DatasetError
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.features import extract_features
+from dinov2.eval.extraction import extract_features
 from dinov2.eval.knn_evaluation import KnnEvaluation
 from dinov2.eval.knn_scores import choose_few
 

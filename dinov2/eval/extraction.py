@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2.data.loaders import iterate_and_end_workers, prepare_worker
 from dinov2.distributed import all_gather_objects, all_gather_varlen, all_reduce_sum, get_rank, get_world_size
 from dinov2.errors import CheckpointError, DatasetError, Dinov2Error
+from dinov2.eval.feature_set import NO_LABEL
 from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
-
-NO_LABEL = -1
 
 
 @dataclass(frozen=True)
