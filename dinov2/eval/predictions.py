@@ -1,0 +1,107 @@
+"""What a classifier says of each labelled image of one set: scores of all classes beside the right class.
+
+Shapes: M images, C classes of the training set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dinov2.eval.groups import Groups, match_groups
+from dinov2.eval.labels import LabelledSet
+from dinov2.eval.neighbours import num_better_classes
+
+_STEPS = 2.0**40  # between no share and all shares: 2^22 images of a group add up in 63 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Scores of the labelled images of one set.
+
+    Raises:
+        ValueError: the arrays do not fit each other, or a score is negative or not finite, or an image has no score
+            above 0.
+    """
+
+    name: str  # of the set, for sentences
+    targets: np.ndarray  # [M] int64, right class; -1 if the training set lacks it, which counts as wrong
+    scores: np.ndarray  # [M, C] float64, probabilities or votes, >= 0; larger = likelier
+    class_names: tuple[str, ...]  # of classes 0 .. C-1
+    places: np.ndarray  # [M] int64, place of the image in the dataset
+    groups: np.ndarray | None = None  # [M] any numbers for the group of each image; None: every image stands alone
+    paths: np.ndarray | None = None  # [M] str; None if the dataset does not tell
+
+    def __post_init__(self) -> None:
+        num_images, num_classes = self.scores.shape
+        for field in ("targets", "places", "groups", "paths"):
+            values = getattr(self, field)
+            if values is not None and values.shape != (num_images,):
+                raise ValueError(f"{field} has shape {values.shape} but there are scores of {num_images} images")
+        if len(self.class_names) != num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for scores of {num_classes} classes")
+        if num_images and not (self.targets.min() >= -1 and self.targets.max() < num_classes):
+            raise ValueError(f"targets must be -1 .. {num_classes - 1}")
+        if not np.isfinite(self.scores).all() or (self.scores < 0).any() or not (self.scores.sum(axis=1) > 0).all():
+            raise ValueError("scores must be finite, at least 0 and above 0 for one class of each image")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be predicted."""
+        return self.scores.shape[1]
+
+    def predicted(self) -> np.ndarray:
+        """Return the class with the largest score of each image, the first of equals, [M] int64."""
+        return self.scores.argmax(axis=1)
+
+    def shares(self) -> np.ndarray:
+        """Return the scores of each image scaled to sum to 1, [M, C] float64."""
+        return self.scores / self.scores.sum(axis=1, keepdims=True)
+
+    def is_right(self, *, among: int) -> np.ndarray:
+        """Tell for each image whether the right class is among the first few, and has a score above 0; [M] bool."""
+        better = num_better_classes(torch.from_numpy(self.scores), torch.from_numpy(self.targets)).numpy()
+        return (better < among) & (self.targets >= 0)
+
+    def take(self, rows: np.ndarray) -> "Predictions":
+        """Keep some images, given as a mask or as row numbers."""
+        kept = {
+            field: None if getattr(self, field) is None else getattr(self, field)[rows]
+            for field in ("targets", "scores", "places", "groups", "paths")
+        }
+        return replace(self, **kept)
+
+    def by_group(self) -> "Predictions | None":
+        """Score each group as a whole, by the mean of its images' scores scaled to sum to 1.
+
+        Groups whose images have different classes are left out; `group_notes` counts them. Shares are rounded and added
+        as integers, so that the order of the images does not show. `places` and `paths` are those of each group's first
+        image.
+
+        Returns:
+            One row a group, by rising group; None without a group of several images of one class.
+        """
+        groups = self._matched_groups
+        if not groups.count:
+            return None
+        rows = np.flatnonzero(groups.of_images >= 0)
+        numbers = groups.of_images[rows]
+        sums = np.zeros((groups.count, self.num_classes), dtype=np.int64)
+        np.add.at(sums, numbers, np.rint(self.shares()[rows] * _STEPS).astype(np.int64))
+        first = rows[np.unique(numbers, return_index=True)[1]]
+        sizes = np.bincount(numbers)[:, None]
+        return replace(self.take(first), targets=groups.classes, scores=sums / (sizes * _STEPS))
+
+    def group_notes(self) -> Sequence[str]:
+        """Say which groups `by_group` leaves out, one sentence each."""
+        return self._matched_groups.notes
+
+    @cached_property
+    def _matched_groups(self) -> Groups:
+        labels = LabelledSet(name=self.name, targets=self.targets + 1)  # unknown classes are labels there, too
+        return match_groups(labels, classes=self.targets, groups=self.groups)
