@@ -70,10 +70,10 @@ def _nearest_here(
 ) -> Tensor:
     """Return the packed nearest neighbours among this rank's training images, [Q, k], on the CPU."""
     best = torch.full((len(queries), num_neighbours), _NOTHING, device=device)
-    gridded_queries, query_norms = _to_grid(queries.to(device))
+    gridded_queries, query_norms = to_grid(queries.to(device))
     for start in range(0, len(train), _TRAIN_AT_ONCE):
         block = slice(start, start + _TRAIN_AT_ONCE)
-        gridded, norms = _to_grid(train[block].to(device))
+        gridded, norms = to_grid(train[block].to(device))
         similarity = (gridded_queries @ gridded.T).div_(query_norms[:, None] * norms)  # [Q, t]
         keys = packing.pack(similarity, train_indices[block].to(device))
         keys = keys.topk(min(num_neighbours, keys.shape[1]), dim=1, sorted=False).values
@@ -89,7 +89,7 @@ def _merge(keys: Tensor, *, num_mine: int, num_neighbours: int) -> Tensor:
     return of_all_ranks.transpose(0, 1).flatten(1).topk(num_neighbours, dim=1).values
 
 
-def _to_grid(features: Tensor) -> tuple[Tensor, Tensor]:
+def to_grid(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit features in multiples of the grid [n, D], float64 holding integers, and their lengths [n]."""
     gridded = (torch.nn.functional.normalize(features.double(), dim=1) * _GRID).round_()
     return gridded, gridded.square().sum(dim=1).sqrt_().clamp_(min=1)
