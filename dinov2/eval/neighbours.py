@@ -22,7 +22,7 @@ from dinov2.distributed import all_gather_cat, all_gather_varlen, all_reduce_max
 _QUERIES_AT_ONCE = 1024  # over all ranks
 _TRAIN_AT_ONCE = 8192  # the block of similarities then takes 64 MiB
 _GRID = 2.0**26  # products are integers, and their sums at most 2^52
-_NOTHING = torch.iinfo(torch.int64).min  # below every neighbour
+NOTHING = torch.iinfo(torch.int64).min  # below every neighbour
 
 
 def find_neighbours(
@@ -44,7 +44,7 @@ def find_neighbours(
         tensors on the CPU.
     """
     at_once = max(1, _QUERIES_AT_ONCE // get_world_size())
-    packing = _Packing.for_indices(train_indices)
+    packing = Packing.for_indices(train_indices)
     for start in range(0, int(all_reduce_max(torch.tensor([len(queries)]))), at_once):
         rows = slice(start, min(start + at_once, len(queries)))
         mine = queries[rows]
@@ -66,10 +66,10 @@ def _nearest_here(
     train_indices: Tensor,
     num_neighbours: int,
     device: torch.device,
-    packing: "_Packing",
+    packing: "Packing",
 ) -> Tensor:
     """Return the packed nearest neighbours among this rank's training images, [Q, k], on the CPU."""
-    best = torch.full((len(queries), num_neighbours), _NOTHING, device=device)
+    best = torch.full((len(queries), num_neighbours), NOTHING, device=device)
     gridded_queries, query_norms = to_grid(queries.to(device))
     for start in range(0, len(train), _TRAIN_AT_ONCE):
         block = slice(start, start + _TRAIN_AT_ONCE)
@@ -96,13 +96,13 @@ def to_grid(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Packing:
+class Packing:
     """Integers of 63 bits: a similarity in the high ones, rounded to what fits, and a place, reversed, in the low."""
 
     index_bits: int
 
     @classmethod
-    def for_indices(cls, indices: Tensor) -> "_Packing":
+    def for_indices(cls, indices: Tensor) -> "Packing":
         """Take as many bits for places as the largest place of all ranks needs."""
         largest = int(indices.max()) if len(indices) else 0
         return cls(int(all_reduce_max(torch.tensor([largest]))).bit_length())
