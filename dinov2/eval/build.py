@@ -1,6 +1,7 @@
 """Build what evaluation and training need from the config: datasets, backbone, precision."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,19 @@ def build_datasets(cfg: Config) -> tuple[NamedDataset, NamedDataset]:
         ConfigError: a set is not named, or its string is wrong.
         DatasetError: its files are missing, or both sets have images of one group.
     """
-    knn, augmentation = cfg.evaluation.knn, cfg.augmentation
-    size = knn.image_size_px or cfg.crops.global_crops_size
-    mean, std = normalization(cfg.student.in_chans, mean=augmentation.mean, std=augmentation.std)
-    transform = make_classification_eval_transform(round(size * knn.resize_ratio), size, mean, std)
+    knn, transform = cfg.evaluation.knn, build_eval_transform(cfg)
     train = _open("train_dataset_path", knn.train_dataset_path, cfg=cfg, transform=transform)
     val = _open("val_dataset_path", knn.val_dataset_path, cfg=cfg, transform=transform)
     _require_separate(train, val)
     return train, val
+
+
+def build_eval_transform(cfg: Config) -> Callable[[Any], torch.Tensor]:
+    """Build the deterministic preprocessing of images for evaluations."""
+    knn, augmentation = cfg.evaluation.knn, cfg.augmentation
+    size = knn.image_size_px or cfg.crops.global_crops_size
+    mean, std = normalization(cfg.student.in_chans, mean=augmentation.mean, std=augmentation.std)
+    return make_classification_eval_transform(round(size * knn.resize_ratio), size, mean, std)
 
 
 def _require_separate(train: NamedDataset, val: NamedDataset) -> None:
