@@ -88,6 +88,11 @@ def split_by_network(state: State, *, key: str = "") -> tuple[dict[str, State], 
     return states, _unique(first for first in (name.partition(".")[0] for name in state) if first not in networks)
 
 
+def is_optimizer_key(key: str) -> bool:
+    """Say whether programs keep the state of an optimiser under a key."""
+    return key in _OPTIMIZER_KEYS
+
+
 def _to_state(tensors: Mapping[str, Any], *, key: str, path: Path) -> State:
     where = f" under '{key}'" if key else ""
     for name, value in tensors.items():

@@ -9,7 +9,7 @@ import functools
 import os
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def read_torch(path: Path) -> Any:
         CheckpointError: as for `open_file`.
     """
     return _load_torch(path, _read_start(path))
+
+
+def is_plain_name(name: str) -> bool:
+    """Say whether a name that stands in a file can be that of a file in the same folder, on any system."""
+    return name not in ("", ".", "..") and {PurePosixPath(name).name, PureWindowsPath(name).name} == {name}
 
 
 def _read_start(path: Path) -> bytes:

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from dinov2.checkpoint_format import find_checkpoints
 from dinov2.errors import CheckpointError
 from dinov2.hub.networks import split_by_network
-from dinov2.hub.open_file import open_file
+from dinov2.hub.open_dcp import find_dcp_folders, is_dcp_folder, open_dcp
+from dinov2.hub.open_file import is_plain_name, open_file
 from dinov2.hub.stored_tensor import State
 from dinov2.hub.weights_file import WeightsFile
 
@@ -26,12 +27,15 @@ _MAX_NAMES = 3
 
 
 def open_folder(folder: Path) -> WeightsFile:
-    """Open a model folder: `config.json` and one of `model.safetensors`, `pytorch_model.bin`, whole or with an index.
+    """Open a model folder: `config.json` and one of `model.safetensors`, `pytorch_model.bin`, whole or with an index;
+    or a checkpoint folder of torch.distributed.checkpoint.
 
     Raises:
         CheckpointError: the folder holds no such file, or it cannot be read.
     """
     name = _weights_in(folder)
+    if name is None and is_dcp_folder(folder):
+        return open_dcp(folder)
     if name is None:
         raise _no_weights(folder)
     weights = open_index(folder / name) if name.endswith(INDEX_SUFFIX) else open_file(folder / name)
@@ -56,7 +60,7 @@ def open_index(path: Path) -> WeightsFile:
         raise CheckpointError(f"{path}: is not an index of weights; it needs a 'weight_map' of tensor names to files")
     parts = sorted(set(places.values()))
     for part in parts:
-        if part in ("", ".", "..") or {PurePosixPath(part).name, PureWindowsPath(part).name} != {part}:
+        if not is_plain_name(part):
             raise CheckpointError(f"{path}: names the file '{part}', which is not in its own folder; it is not opened")
     missing = [part for part in parts if not (path.parent / part).is_file()]
     if missing:
@@ -103,18 +107,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    names = sorted(entry.name for entry in folder.iterdir())
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        return CheckpointError(
-            f"{folder}: is a checkpoint folder of the official DINOv3 code (.distcp files), which is not read here; "
-            f"convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pth"
-        )
     if checkpoints := find_checkpoints(folder):
         return CheckpointError(
             f"{folder}: is the folder of a training run; give one of its checkpoints, "
             f"the newest is {folder / checkpoints[-1]}"
         )
-    if files := [name for name in names if name.endswith(_SUFFIXES)]:
+    if dcp_folders := find_dcp_folders(folder):
+        return CheckpointError(
+            f"{folder}: is a folder of checkpoints of the official DINOv3 code; give one, the newest is "
+            f"{dcp_folders[-1]}"
+        )
+    if files := sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(_SUFFIXES)):
         return CheckpointError(f"{folder}: is a folder; give the file of weights in it: {_listed(files)}")
     return CheckpointError(
         f"{folder}: is a folder without weights; a model folder holds {_CONFIG} and model.safetensors "

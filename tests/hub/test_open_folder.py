@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.errors import CheckpointError
 from dinov2.hub.open_weights import open_weights
@@ -159,17 +157,3 @@ def test_the_folder_of_a_run_points_to_its_newest_checkpoint(tmp_path):
     assert sentence(tmp_path) == (
         f"is the folder of a training run; give one of its checkpoints, the newest is {tmp_path}/model_0000011"
     )
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_dinov3_checkpoint_is_refused_with_the_command_that_makes_it_readable(tmp_path):
-    networks = {f"{network}.backbone.{name}": t for network in ("student", "teacher") for name, t in STATE.items()}
-    dcp.save({"model": networks, "iteration": 9}, checkpoint_id=tmp_path / "9", no_dist=True)
-    assert sentence(tmp_path / "9") == (
-        "is a checkpoint folder of the official DINOv3 code (.distcp files), which is not read here; convert it: "
-        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {tmp_path}/9 model.pth"
-    )
-    dcp_to_torch_save(tmp_path / "9", tmp_path / "model.pth")  # what the command does
-    weights = open_weights(tmp_path / "model.pth")
-    assert list(weights.states) == ["teacher", "student"] and weights.extra_keys == ("iteration",)
-    assert same(weights.states["teacher"], {f"backbone.{name}": tensor for name, tensor in STATE.items()})
