@@ -191,11 +191,12 @@ def iterate_and_end_workers(loader: DataLoader[Any], *, batch_size_key: str) -> 
 def prepare_worker(worker_id: int) -> None:
     """Set up a loader worker: one thread, and signals left to the main process, which ends its workers itself.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job; a worker that obeyed would make the main process
-    fail before it can save. A second SIGTERM ends it.
+    Ctrl-C and a scheduler's SIGTERM, SIGUSR1 or SIGUSR2 reach every process of a job; a worker that obeyed would make
+    the main process fail before it can save. A second SIGTERM ends it.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 

@@ -5,9 +5,12 @@ from types import FrameType, TracebackType
 
 
 class StopSignal:
-    """While entered, SIGINT and SIGTERM set `received` instead of ending the process; a second SIGINT ends it."""
+    """While entered, a signal sets `received` instead of ending the process; a second SIGINT ends it.
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGINT is Ctrl-C; schedulers send SIGTERM, and SIGUSR1 or SIGUSR2 where they are told to warn of the time limit.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.received: str | None = None

@@ -1,0 +1,49 @@
+"""Which settings of a run that goes on are not those it was saved with, as far as they alter its results."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Keys and sections that change no result of training, or nothing but rounding, or act only where a run begins.
+WITHOUT_EFFECT_ON_RESULTS = (
+    "MODEL.WEIGHTS",
+    "checkpointing",
+    "compute_precision.hybrid_shard_size",
+    "compute_precision.sharding_strategy",
+    "data.cache_dir",
+    "defaults",  # the values that follow from it are compared
+    "evaluation",
+    "logging",
+    "student.allow_partial_weights",
+    "student.attention_backend",
+    "student.pretrained_weights",
+    "train.batch_size_per_gpu",  # the images of a step over all ranks count
+    "train.global_batch_size",  # compared as the number that holds, by the caller of `changed_settings`
+    "train.max_steps",
+    "train.num_workers",
+    "train.output_dir",
+    "train.resume",
+    "train.resume_path",
+)
+
+
+def changed_settings(saved: Mapping[str, Any], running: Mapping[str, Any]) -> list[str]:
+    """List the settings that alter results and differ, one sentence part each: `optim.base_lr 0.004 -> 0.002`.
+
+    Args:
+        saved: settings of the run when it was saved, as `to_dict` returns them, perhaps by an older version.
+        running: settings of this run. A key that one of the two does not know is left out.
+    """
+    return [f"{key} {json.dumps(before)} -> {json.dumps(now)}" for key, before, now in _differences(saved, running, "")]
+
+
+def _differences(saved: Mapping[str, Any], running: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, Any]]:
+    for name, now in running.items():
+        key = f"{path}{name}"
+        if name not in saved or key in WITHOUT_EFFECT_ON_RESULTS:
+            continue
+        before = saved[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{key}.")
+        elif before != now:
+            yield key, before, now

@@ -1,0 +1,89 @@
+"""One run at a time in an output folder: a lock that rank 0 holds until the program ends, however it ends.
+
+`fcntl.lockf` locks belong to the process: loader workers do not inherit them, and the kernel frees them with their owner,
+also after a kill -9. They are lost as soon as the owner closes any descriptor of the file, so it is opened once only.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from dinov2.distributed import is_main_process, on_main_first
+from dinov2.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+_HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
+
+
+class RunLock:
+    """While entered, by all ranks together, no other program can enter the lock of this folder.
+
+    The file stays behind, empty: removing it would let two programs lock two files of the same name. Its content while
+    it is locked says who holds it.
+
+    Args:
+        folder: exists.
+        setting: key and value that name the folder in the sentence, such as train.output_dir=outputs/run1.
+
+    Raises:
+        ConfigError: on entering: another program holds the lock, or the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, setting: str) -> None:
+        self._path = folder / LOCK_NAME
+        self._setting = setting
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        on_main_first(self._acquire)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if is_main_process() and self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+            self._file = None
+
+    def _acquire(self) -> None:
+        try:
+            file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{self._setting} cannot be written ({error.strerror}); choose another folder") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _HELD_BY_ANOTHER:
+                logger.warning("%s cannot be locked (%s): start no second run in it", self._setting, error.strerror)
+                file.close()
+                return
+            file.seek(0)
+            owner = _describe(file.read())
+            file.close()
+            raise ConfigError(
+                f"{self._setting} is in use by another run ({owner}); wait for its end, or choose another folder"
+            ) from None
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": now}, file)
+        file.flush()
+        self._file = file
+
+
+def _describe(text: str) -> str:
+    """Say who holds the lock, from what it wrote; it may be about to write it."""
+    try:
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+    except (ValueError, TypeError, KeyError):
+        return "just started"
