@@ -1,5 +1,6 @@
 """The root of all settings, and the checks that need more than one section."""
 
+import os
 from dataclasses import dataclass, field
 
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
@@ -57,6 +58,8 @@ class Config:
         self._require_a_statistic_per_channel()
         self._require_whole_accumulation_steps()
         self._require_schedules_within_the_run()
+        self._require_evaluations_for_the_best()
+        self._require_another_folder_for_copies()
 
     def _require_patch_tokens_for_ibot(self) -> None:
         if self.student.is_resnet and self.ibot.loss_weight > 0:
@@ -116,28 +119,53 @@ class Config:
                     f"beyond the end of the run at optim.epochs={epochs}; shorten them"
                 )
 
+    def _require_evaluations_for_the_best(self) -> None:
+        if self.checkpointing.save_best is not None and not self.evaluation.eval_period_iterations:
+            raise ConfigError(
+                f"checkpointing.save_best={self.checkpointing.save_best} needs evaluations while training; set "
+                f"evaluation.eval_period_iterations, or checkpointing.save_best=null"
+            )
 
-def batch_size_per_rank(cfg: Config, *, world_size: int) -> int:
+    def _require_another_folder_for_copies(self) -> None:
+        copies = self.checkpointing.copy_to
+        if copies is not None and os.path.realpath(copies) == os.path.realpath(self.train.output_dir):
+            raise ConfigError(
+                f"checkpointing.copy_to={copies} is train.output_dir itself; name another folder, best on another disk"
+            )
+
+
+def batch_size_per_rank(cfg: Config, *, world_size: int, saved_global_batch: int | None = None) -> int:
     """Return how many images one rank takes in one accumulation step.
 
     Args:
-        cfg: `train.global_batch_size` decides if it is set, else `train.batch_size_per_gpu`.
+        cfg: `train.global_batch_size` decides if it is set.
         world_size: ranks, >= 1.
+        saved_global_batch: images of one step of the run that is continued, which decides next, so that it goes on
+            alike on another number of ranks; None: `train.batch_size_per_gpu` does.
 
     Raises:
         ConfigError: the global batch does not divide by ranks x accumulation steps.
     """
-    if cfg.train.global_batch_size is None:
+    accumulation = cfg.optim.gradient_accumulation_steps
+    batch = cfg.train.global_batch_size or saved_global_batch
+    if batch is None:
         return cfg.train.batch_size_per_gpu
-    parts = world_size * cfg.optim.gradient_accumulation_steps
-    per_rank, rest = divmod(cfg.train.global_batch_size, parts)
-    if rest or not per_rank:
+    parts = world_size * accumulation
+    if batch % parts == 0:
+        return batch // parts
+    processes = [str(number) for number in range(1, batch + 1) if batch % (number * accumulation) == 0]
+    fitting = ", ".join(processes[:-1]) + " or " * (len(processes) > 1) + "".join(processes[-1:]) + " processes"
+    factors = f"ranks={world_size} x optim.gradient_accumulation_steps={accumulation}"
+    if cfg.train.global_batch_size is not None:
         raise ConfigError(
-            f"train.global_batch_size={cfg.train.global_batch_size} is not a multiple of {parts} (ranks={world_size} x "
-            f"optim.gradient_accumulation_steps={cfg.optim.gradient_accumulation_steps}); "
-            f"use {nearest_multiples(cfg.train.global_batch_size, parts)}"
+            f"train.global_batch_size={batch} is not a multiple of {parts} ({factors}); "
+            f"use {nearest_multiples(batch, parts)}{f', or {fitting}' if processes else ''}"
         )
-    return per_rank
+    instead = f"use {fitting}" if processes else f"let optim.gradient_accumulation_steps divide {batch}"
+    raise ConfigError(
+        f"the run to go on with has a global batch of {batch} images, no multiple of {parts} ({factors}); {instead}, "
+        f"or set train.global_batch_size to {nearest_multiples(batch, parts)}"
+    )
 
 
 def require_trainable(cfg: Config) -> None:

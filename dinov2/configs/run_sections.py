@@ -106,11 +106,19 @@ class CheckpointingConfig(Section):
     KEY: ClassVar[str] = "checkpointing"
 
     period: int = 3750  # steps between saves, >= 1
+    period_minutes: float | None = None  # minutes, > 0; also save when so long has passed since the last; null: never
     max_to_keep: int | None = 3  # complete checkpoints kept, >= 2; null: all
     keep_every: int | None = None  # steps, a multiple of period; such checkpoints are never removed; null: none
+    # score of the evaluations, e.g. knn_top1_pct: the checkpoint with the best one is kept, whatever max_to_keep;
+    # null: none
+    save_best: str | None = None
+    save_best_mode: Literal["max", "min"] = "max"  # which score is the best: the largest or the smallest
+    copy_to: str | None = None  # second folder, on another disk, that gets a copy of each checkpoint; null: none
+    background: bool = True  # true: training goes on while a checkpoint is written; false: it waits
 
     def __post_init__(self) -> None:
         self.require("period", self.period >= 1, "at least 1 step")
+        self.require("period_minutes", self.period_minutes is None or self.period_minutes > 0, "above 0, or null")
         self.require(
             "max_to_keep", self.max_to_keep is None or self.max_to_keep >= 2, "at least 2, or null to keep all"
         )
@@ -120,6 +128,8 @@ class CheckpointingConfig(Section):
                 f"checkpointing.keep_every={self.keep_every} is not a multiple of checkpointing.period={self.period}; "
                 f"use {nearest_multiples(self.keep_every, self.period)}"
             )
+        has_home = self.copy_to is not None and self.copy_to.startswith("~")
+        self.require("copy_to", not has_home, "written without ~, which only a shell replaces; use ${oc.env:HOME}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,6 +237,16 @@ def test_unknown_key_of_a_file_names_the_file(tmp_path):
             "checkpointing.keep_every=250 is not a multiple of checkpointing.period=100; use 200 or 300",
         ),
         (
+            ["checkpointing.save_best=knn_top1_pct", "evaluation.eval_period_iterations=0"],
+            "checkpointing.save_best=knn_top1_pct needs evaluations while training; set "
+            "evaluation.eval_period_iterations, or checkpointing.save_best=null",
+        ),
+        (
+            ["checkpointing.copy_to=outputs/a/../run", "train.output_dir=outputs/run"],
+            "checkpointing.copy_to=outputs/a/../run is train.output_dir itself; name another folder, best on another "
+            "disk",
+        ),
+        (
             ["evaluation.knn.train_dataset_path=Digits:split=TRAIN"],
             "evaluation.knn.train_dataset_path is set but evaluation.knn.val_dataset_path is not; set both or neither",
         ),
@@ -271,8 +281,32 @@ def test_batch_size_per_rank():
         batch_size_per_rank(cfg, world_size=5)
     assert str(caught.value) == (
         "train.global_batch_size=96 is not a multiple of 10 (ranks=5 x optim.gradient_accumulation_steps=2); "
-        "use 90 or 100"
+        "use 90 or 100, or 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48 processes"
     )
+
+
+def test_batch_size_per_rank_of_a_run_that_goes_on():
+    cfg = load_config(None, ["train.batch_size_per_gpu=7"])
+    assert [batch_size_per_rank(cfg, world_size=ranks, saved_global_batch=12) for ranks in (1, 3, 12)] == [12, 4, 1]
+    given = load_config(None, ["train.global_batch_size=10"])
+    assert batch_size_per_rank(given, world_size=5, saved_global_batch=12) == 2
+    for overrides, ranks, expected in (
+        (
+            [],
+            5,
+            "no multiple of 5 (ranks=5 x optim.gradient_accumulation_steps=1); use 1, 2, 3, 4, 6 or 12 processes, or "
+            "set train.global_batch_size to 10 or 15",
+        ),
+        (
+            ["optim.gradient_accumulation_steps=5"],
+            1,
+            "no multiple of 5 (ranks=1 x optim.gradient_accumulation_steps=5); let optim.gradient_accumulation_steps "
+            "divide 12, or set train.global_batch_size to 10 or 15",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            batch_size_per_rank(load_config(None, overrides), world_size=ranks, saved_global_batch=12)
+        assert str(caught.value) == f"the run to go on with has a global batch of 12 images, {expected}"
 
 
 def test_training_needs_a_dataset():

@@ -80,6 +80,7 @@ from dinov2.errors import ConfigError
         ("checkpointing.period=0", "at least 1 step"),
         ("checkpointing.max_to_keep=1", "at least 2, or null to keep all"),
         ("checkpointing.keep_every=0", "at least 1 step, or null"),
+        ("checkpointing.period_minutes=0", "above 0, or null"),
         ("evaluation.eval_period_iterations=-1", "at least 0 steps, or null"),
         ("evaluation.knn.nb_knn=[]", "a list of numbers of at least 1, such as [10, 20]"),
         ("evaluation.knn.nb_knn=[0]", "a list of numbers of at least 1, such as [10, 20]"),
