@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dinov2.distributed import all_reduce_mean, get_world_size, is_main_process
+from dinov2.distributed import all_reduce_mean, get_world_size, is_main_process, on_main_first
 from dinov2.logging.metrics_file import MetricsFile
 from dinov2.logging.progress import Progress
 from dinov2.logging.writers import TensorBoardWriter, WandbWriter, Writer
@@ -82,18 +82,29 @@ class MetricLogger:
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Add the results of an evaluation after this step, equal on all ranks, to the step's line."""
         self.flush()
-        if self._file is None or not scores:
+        if scores:
+            on_main_first(self._write_scores, step, scores)
+
+    def _write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        if self._file is None:
             return
         self._file.add_to_last(step, scores)
         for writer in self._writers:
             writer.write(step, scores)
 
     def flush(self) -> None:
-        """Bring over what is recorded and write it; called by all ranks, and before each checkpoint is saved."""
+        """Bring over what is recorded and write it; called by all ranks, and before each checkpoint is saved.
+
+        Raises:
+            TrainingError: the file cannot be written any more; on all ranks.
+        """
         if not self._rows:
             return
         rows = _fetch(self._rows)
         self._rows = []
+        on_main_first(self._write, rows)
+
+    def _write(self, rows: list[Row]) -> None:
         if self._file is None or self._progress is None:
             return
         self._file.append(rows)

@@ -1,5 +1,6 @@
 """`training_metrics.json`: one JSON object a line, one line a step, in the order of the steps."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -28,35 +29,50 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         self.path = path
-        self._last: tuple[int, dict[str, float]] | None = None
-        self._last_offset = 0
         try:
-            cut_back(path, start_step=start_step)
-            self._file = path.open("ab")
+            self._last, self._last_offset = cut_back(path, start_step=start_step)
+            path.touch()
+            self._file = path.open("r+b")
+            self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
 
     def append(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """Write one line for each (step, values)."""
-        for step, values in rows:
-            self._last_offset = self._file.tell()
-            self._file.write(_line(step, values))
+        """Write one line for each (step, values).
+
+        Raises:
+            TrainingError: the file cannot be written any more.
+        """
+        try:
+            for step, values in rows:
+                self._last_offset = self._file.tell()
+                self._file.write(_line(step, values))
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written ({error.strerror}); the last checkpoint is intact, start again once "
+                f"there is room"
+            ) from error
         if rows:
             self._last = rows[-1]
-        self._file.flush()
 
     def add_to_last(self, step: int, values: Mapping[str, float]) -> None:
-        """Add values to the line of the step written last, or write a new line where the last is of another step."""
+        """Add values to the line of the step written last, or write a new line where the last is of another step.
+
+        The line may be one from before the run was interrupted.
+        """
         if self._last is None or self._last[0] != step:
             self.append([(step, dict(values))])
             return
         merged = self._last[1] | dict(values)
-        self._file.truncate(self._last_offset)
+        self._file.seek(self._last_offset)  # written over in one call, so that a kill does not lose the line
         self.append([(step, merged)])
+        self._file.truncate()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # `append` has said so; nothing else waits to be written
+            self._file.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -71,24 +87,32 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def cut_back(path: Path, *, start_step: int) -> None:
-    """Remove the lines of `start_step` and later ones; the file is replaced in one move, or left alone."""
+def cut_back(path: Path, *, start_step: int) -> tuple[tuple[int, dict[str, Any]] | None, int]:
+    """Remove the lines of `start_step` and later ones; the file is replaced in one move, or left alone.
+
+    Returns:
+        Step and values of the last line that is left, None where there is none, and where this line begins, bytes.
+    """
+    last, offset = None, 0
     if not path.exists():
-        return
+        return last, offset
     if start_step == 0:
         path.unlink()
-        return
+        return last, offset
     partial = path.with_name(f"{path.name}.tmp")
     kept = 0
     with partial.open("wb") as file:
         for values in read_metrics(path):
-            if values["iteration"] < start_step:
-                file.write(_line(values.pop("iteration"), values))
+            step = values.pop("iteration")
+            if step < start_step:
+                last, offset = (step, values), file.tell()
+                file.write(_line(step, values))
                 kept += 1
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     logger.info("metrics_file=%s kept_lines=%d start_step=%d", path.name, kept, start_step)
+    return last, offset
 
 
 def _line(step: int, values: Mapping[str, float | None]) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support.dist import run_distributed
 
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, TrainingError
 from dinov2.logging import MetricLogger
 
 
@@ -86,6 +87,33 @@ def test_scores_join_the_line_of_their_step(tmp_path, period_steps):
         ["iteration", "total_loss"],
     ]
     assert lines(tmp_path)[1] == {"iteration": 1, "total_loss": 1.0, "knn_top1_pct": 71.25}
+
+
+def test_scores_join_the_line_of_their_step_after_an_interruption(tmp_path):
+    write_steps(tmp_path, range(6))
+    for score in (55.123, 50.0, 50.0):
+        with MetricLogger(tmp_path, period_steps=3, total_steps=10, start_step=5) as recorder:
+            recorder.record_scores(4, {"knn_top1_pct": score})
+    written = lines(tmp_path)
+    assert [line["iteration"] for line in written] == list(range(5))
+    assert list(written[4]) == ["iteration", "total_loss", "lr", "knn_top1_pct"]
+    assert written[4]["knn_top1_pct"] == 50.0
+
+
+def test_a_full_disk_ends_with_a_sentence(tmp_path):
+    recorder = MetricLogger(tmp_path, period_steps=1, total_steps=10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(TrainingError) as caught:
+            recorder.record(0, {"total_loss": 1.0})
+        recorder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"{tmp_path}/training_metrics.json cannot be written (File too large); the last checkpoint is intact, start "
+        f"again once there is room"
+    )
 
 
 def test_gradients_are_not_kept(tmp_path):
