@@ -11,14 +11,11 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinov2.data.datasets.decoders import pil_to_tensor
 from dinov2.data.datasets.extended import image_path
 from dinov2.data.datasets.image_source import RegionSource
+from dinov2.data.raw_pixels import open_image, read_pixels
 from dinov2.errors import DatasetError
 from dinov2.run.stored_files import stored_as
 from dinov2.run.workers import run_in_workers
@@ -174,31 +171,6 @@ class _Inspection(Dataset[ImageFacts | str]):
             return str(error)
         except OSError as error:
             return f"{error.strerror or error}"
-
-
-def open_image(dataset: Any, index: int) -> Any:
-    """Image of a dataset, as training takes it: an image source, a Pillow image or a tensor.
-
-    Raises:
-        DatasetError: it cannot be read.
-    """
-    return dataset.encoded_image(index) if hasattr(dataset, "encoded_image") else dataset[index][0]
-
-
-def read_pixels(image: Any) -> Tensor:
-    """Pixels [C, H, W] of a whole image, uint8 or uint16.
-
-    Raises:
-        DatasetError: it is damaged, or no such image.
-    """
-    if isinstance(image, Image.Image):
-        pixels = pil_to_tensor(image)
-    else:
-        pixels = image if isinstance(image, Tensor) else image.to_tensor()
-    if pixels.ndim != 3 or pixels.dtype not in (torch.uint8, torch.uint16):
-        shape = " x ".join(map(str, pixels.shape))
-        raise DatasetError(f"it is a tensor of {shape} {pixels.dtype}, but must be uint8 or uint16 of C x H x W")
-    return pixels
 
 
 def _look(image: Any, *, stored: str, wants_digest: bool) -> ImageFacts:

@@ -19,15 +19,7 @@ from torch import Tensor
 
 from dinov2.configs import Config, batch_size_per_rank, load_config
 from dinov2.data import DataAugmentationDINO
-from dinov2.data.datasets.extended import image_path
-from dinov2.data.datasets.image_source import RegionSource
-from dinov2.data.loaders import make_collate
-from dinov2.data.random_crops import image_size
-from dinov2.data.samplers import make_stream, pass_size
-from dinov2.data.samples import Sample, TrainingSamples
-from dinov2.errors import ConfigError, DatasetError
-from dinov2.logging import run_program, setup_logging
-from dinov2.run.contact_sheet import (
+from dinov2.data.contact_sheet import (
     Cell,
     Row,
     draw_sheet,
@@ -37,13 +29,19 @@ from dinov2.run.contact_sheet import (
     show_colours,
     show_masked,
 )
+from dinov2.data.datasets.extended import image_path
+from dinov2.data.loaders import make_collate
+from dinov2.data.random_crops import image_size
+from dinov2.data.raw_pixels import as_fractions, open_image, read_shown_pixels
+from dinov2.data.samplers import make_stream, pass_size
+from dinov2.data.samples import Sample, TrainingSamples
+from dinov2.errors import ConfigError, DatasetError
+from dinov2.logging import run_program, setup_logging
 from dinov2.run.data_table import printable
-from dinov2.run.image_facts import open_image, read_pixels
 from dinov2.run.named_dataset import choose_name, open_dataset, require_outside
 from dinov2.train.build import build_augmentation
 
 _NUM_LOCAL = 4  # local crops shown
-_LARGEST_SHOWN_PX = 4096  # side; of a larger image that can be read in parts, its middle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,17 +159,17 @@ def _row(
 ) -> Row:
     """Pictures of one image; `place` is that of its sample in the batch."""
     image = open_image(dataset, index)
-    pixels = _raw_pixels(image)
+    pixels = read_shown_pixels(image)
     window = find_window(pixels)
     num_channels = len(pixels)
-    cells = [Cell(show_colours(_fractions(pixels), window), _words(image, pixels))]
+    cells = [Cell(show_colours(as_fractions(pixels), window), _words(image, pixels))]
     raw = _unnormalised(dataset, index)
     if raw is not None:
-        before = _raw_pixels(raw)
-        cells[0] = Cell(show_colours(_fractions(before), find_window(before)), "raw")
-        cells.append(Cell(show_colours(_fractions(pixels), window), "stain-normalised"))
+        before = read_shown_pixels(raw)
+        cells[0] = Cell(show_colours(as_fractions(before), find_window(before)), "raw")
+        cells.append(Cell(show_colours(as_fractions(pixels), window), "stain-normalised"))
     if num_channels not in (1, 3):
-        cells.append(Cell(show_channels(_fractions(pixels), window), f"its {num_channels} channels"))
+        cells.append(Cell(show_channels(as_fractions(pixels), window), f"its {num_channels} channels"))
     globals_, locals_ = (
         [_denormalised(crop, augmentation) for crop in batch[f"collated_{kind}_crops"][place::num_samples]]
         for kind in ("global", "local")
@@ -196,14 +194,6 @@ def _unnormalised(dataset: Any, index: int) -> Any:
     return dataset.raw_image(index) if getattr(dataset, "stain_norm", "none") != "none" else None
 
 
-def _raw_pixels(image: Any) -> np.ndarray:
-    """Pixels to be shown, [C, H, W]; the middle of a huge image that can be read in parts."""
-    if isinstance(image, RegionSource) and max(image.height, image.width) > _LARGEST_SHOWN_PX:
-        height, width = min(image.height, _LARGEST_SHOWN_PX), min(image.width, _LARGEST_SHOWN_PX)
-        return image.read_region((image.height - height) // 2, (image.width - width) // 2, height, width).numpy()
-    return read_pixels(image).numpy()
-
-
 def _words(image: Any, pixels: np.ndarray) -> str:
     """What the picture of a raw image shows."""
     middle = "middle of " if image_size(image) != pixels.shape[1:] else ""
@@ -224,10 +214,6 @@ def _denormalised(crop: Tensor, augmentation: DataAugmentationDINO) -> np.ndarra
     """Crop [C, H, W] as fractions of full scale."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (augmentation.mean, augmentation.std))
     return (crop * std + mean).numpy()
-
-
-def _fractions(pixels: np.ndarray) -> np.ndarray:
-    return pixels / np.float32(np.iinfo(pixels.dtype).max)
 
 
 def _caption(dataset: Any, index: int, pixels: np.ndarray | None = None, *, image: Any = None) -> str:

@@ -18,6 +18,7 @@ _TEXT_SIZE = 12  # px
 _LINE = 17  # px
 _INK, _FAINT, _PAPER, _ALARM = (20, 20, 20), (110, 110, 110), (255, 255, 255), (170, 20, 20)
 _HATCH, _HATCH_PX = (70, 225), 6  # grey levels of masked patches, and the width of their stripes
+_FRAME = 5  # px
 _STRETCH_PCT = (0.5, 99.5)
 _MAX_CHANNELS = 9  # that a picture shows side by side
 
@@ -32,10 +33,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture and the words below it."""
+    """A picture, the words below it, and the colour of a frame around it."""
 
     picture: Image.Image
     words: str
+    frame: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def draw_sheet(rows: Sequence[Row], *, heading: Sequence[str]) -> Image.Image:
         for number, cell in enumerate(row.cells):
             left = _GAP + number * (CELL + _GAP)
             sheet.paste(_fitted(cell.picture, CELL), (left, top + _LINE))
+            if cell.frame is not None:
+                corner = (left + CELL - 1, top + _LINE + CELL - 1)
+                draw.rectangle([(left, top + _LINE), corner], outline=cell.frame, width=_FRAME)
             _write(draw, cell.words, (left, top + _LINE + CELL + 2), width=CELL, colour=_FAINT)
         top += row_height if row.cells else alarm_height
     return sheet
