@@ -1,12 +1,20 @@
-"""Features of a dataset's images: the normalised class tokens of a frozen backbone.
+"""Features of a dataset's images by a frozen backbone: loading, forward passes of one size, unreadable images.
 
-Batches are cut from the dataset at the same places whatever the number of ranks, and rank r takes every W-th of them;
-so the features do not depend on the number of ranks, and no image is counted twice.
+What the features depend on. The network always gets exactly `IMAGES_OF_A_PASS` images at once, and an image always
+stands at the same place among the same others: pass p holds the images p * 32 to p * 32 + 31 of the dataset, blank
+images stand in for missing and unreadable ones. The batch size (how many images are handed over at a time, rounded up
+to whole passes), the number of workers and of processes, and where a run was resumed decide only who computes a pass.
+So none of them changes a bit of the result, whatever a matrix product does with its rows. Another order of the files
+puts an image among others; features then agree bit for bit wherever a product treats all rows alike, as measured on
+CPUs in float32 and bfloat16, and else up to rounding. Another device, number of threads or version of PyTorch may
+round differently.
+
+Rank r takes every W-th batch; no image is counted twice.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +30,8 @@ from dinov2.eval.feature_set import NO_LABEL
 from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
+
+IMAGES_OF_A_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def extract_local_features(
     Args:
         model: images [B, C, height, width] to features [B, D].
         dataset: items (image tensor [C, height, width], target), all images of one size.
-        batch_size: images of one rank in one forward pass.
+        batch_size: images that a worker hands over at a time; rounded up to whole passes.
         num_workers: loader processes of one rank.
         device: where the model is.
         dtype: of the forward pass (autocast); float32 computes as the model is.
@@ -100,32 +110,55 @@ def extract_local_features(
     """
     if len(dataset) == 0:
         raise DatasetError("the dataset to evaluate on holds no images")
-    batches = _batches_of_rank(len(dataset), batch_size=batch_size)
-    loader = DataLoader(
-        _Samples(dataset),
-        batch_sampler=[list(batch) for batch in batches if len(batch)],
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=device.type != "cpu",
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # or the loader would draw from torch's global random state
-    )
+    batches = _batches_of_rank(len(dataset), batch_size=whole_passes(batch_size))
+    places = [batch for batch, _ in batches if len(batch)]
+    loaded = load_batches(dataset, places, num_workers=num_workers, device=device)
     parts, skipped = [], []
-    loaded = iterate_and_end_workers(loader, batch_size_key="evaluation.knn.batch_size")
     with evaluation_mode(model), torch.no_grad(), closing(loaded):
-        for batch in batches if description is None else track(batches, description=description):
-            samples = next(loaded) if len(batch) else _Batch()
+        for batch, most in batches if description is None else track(batches, description=description):
+            samples = next(loaded) if len(batch) else Batch()
             skipped += samples.errors
             shape = _agree(samples, on_bad_image=on_bad_image)
             if shape is None:
                 continue
-            images = samples.images if samples.images is not None else torch.zeros(1, *shape)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                values = model(images.to(device, non_blocking=True))  # [B, D]
-            if samples.images is not None:
-                parts.append((values.float().cpu(), samples.targets, samples.indices))
+            images = samples.images if samples.images is not None else torch.zeros(0, *shape)
+            passes = math.ceil(most / IMAGES_OF_A_PASS)
+            values = run_passes(model, images, device=device, dtype=dtype, at_least=passes)
+            if len(samples.rows):
+                parts.append((values[torch.tensor(samples.rows)], samples.targets, samples.indices))
     _warn_of_skipped(skipped)
     return _check_finite(_join(parts))
+
+
+def whole_passes(batch_size: int) -> int:
+    """Round a number of images up to whole passes."""
+    return math.ceil(batch_size / IMAGES_OF_A_PASS) * IMAGES_OF_A_PASS
+
+
+def run_passes(
+    model: nn.Module, images: Tensor, *, device: torch.device, dtype: torch.dtype, at_least: int = 0
+) -> Tensor:
+    """Compute the features of images in passes of one size; see the top of this file.
+
+    Args:
+        model: in evaluation mode, on the device.
+        images: [B, C, height, width], on the CPU.
+        device: where the model is.
+        dtype: of the forward pass (autocast).
+        at_least: passes to run even if there are fewer images, for a model whose ranks must all take part.
+
+    Returns:
+        Features [B, D], float32, on the CPU; with no image and no pass, [0].
+    """
+    parts = []
+    for number in range(max(at_least, math.ceil(len(images) / IMAGES_OF_A_PASS))):
+        part = images[number * IMAGES_OF_A_PASS : (number + 1) * IMAGES_OF_A_PASS]
+        blank = part.new_zeros(IMAGES_OF_A_PASS - len(part), *images.shape[1:])
+        full = torch.cat([part, blank]) if len(blank) else part
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            values = model(full.to(device, non_blocking=True))
+        parts.append(values[: len(part)].float().cpu())
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 @contextmanager
@@ -140,26 +173,52 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _batches_of_rank(num_images: int, *, batch_size: int) -> list[range]:
-    """Every W-th batch, from this rank's number on; the last may be empty, so that all ranks have equally many."""
+def _batches_of_rank(num_images: int, *, batch_size: int) -> list[tuple[range, int]]:
+    """Every W-th batch, perhaps empty in the last round, each with the length of the longest of its round."""
     num_rounds = math.ceil(num_images / (batch_size * get_world_size()))
-    starts = [(number * get_world_size() + get_rank()) * batch_size for number in range(num_rounds)]
-    return [range(min(start, num_images), min(start + batch_size, num_images)) for start in starts]
+    batches = []
+    for number in range(num_rounds):
+        first = number * get_world_size() * batch_size
+        start = min(first + get_rank() * batch_size, num_images)
+        places = range(start, min(start + batch_size, num_images))
+        batches.append((places, min(batch_size, num_images - first)))
+    return batches
 
 
 @dataclass
-class _Batch:
-    """What a worker hands over; images that cannot be read are left out and their errors are listed."""
+class Batch:
+    """What a worker hands over; blank images and the errors stand for those that cannot be read."""
 
-    images: Tensor | None = None  # [B, C, height, width]
-    targets: Sequence[int] = ()
-    indices: Sequence[int] = ()
+    images: Tensor | None = None  # [B, C, height, width]; None if none can be read
+    rows: Sequence[int] = ()  # of the images that can be read
+    targets: Sequence[int] = ()  # of these
+    indices: Sequence[int] = ()  # of these: place in the dataset
     errors: Sequence[str] = ()
 
-    def pin_memory(self) -> "_Batch":
+    def pin_memory(self) -> "Batch":
         """Called by the loader when a GPU is used."""
         images = None if self.images is None else self.images.pin_memory()
-        return _Batch(images, self.targets, self.indices, self.errors)
+        return Batch(images, self.rows, self.targets, self.indices, self.errors)
+
+
+def load_batches(
+    dataset: Any, batches: Sequence[range], *, num_workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """Yield the images at these places, batch by batch; closing the generator ends the workers.
+
+    Raises:
+        DatasetError: a worker process died.
+    """
+    loader = DataLoader(
+        _Samples(dataset),
+        batch_sampler=[list(batch) for batch in batches],
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=device.type != "cpu",
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),  # or the loader would draw from torch's global random state
+    )
+    return iterate_and_end_workers(loader, batch_size_key="evaluation.knn.batch_size")
 
 
 class _Samples(Dataset[tuple[int, Any, Any]]):
@@ -175,18 +234,22 @@ class _Samples(Dataset[tuple[int, Any, Any]]):
             return index, error, None
 
 
-def _collate(samples: list[tuple[int, Any, Any]]) -> _Batch:
+def _collate(samples: list[tuple[int, Any, Any]]) -> Batch:
     errors = [str(image) for _, image, _ in samples if isinstance(image, Exception)]
-    good = [sample for sample in samples if not isinstance(sample[1], Exception)]
-    return _Batch(
-        images=torch.stack([image for _, image, _ in good]) if good else None,
-        targets=[NO_LABEL if target is None else int(target) for _, _, target in good],
-        indices=[index for index, _, _ in good],
+    rows = [row for row, (_, image, _) in enumerate(samples) if not isinstance(image, Exception)]
+    if not rows:
+        return Batch(errors=errors)
+    blank = torch.zeros_like(samples[rows[0]][1])
+    return Batch(
+        images=torch.stack([blank if isinstance(image, Exception) else image for _, image, _ in samples]),
+        rows=rows,
+        targets=[NO_LABEL if samples[row][2] is None else int(samples[row][2]) for row in rows],
+        indices=[samples[row][0] for row in rows],
         errors=errors,
     )
 
 
-def _agree(batch: _Batch, *, on_bad_image: str) -> tuple[int, ...] | None:
+def _agree(batch: Batch, *, on_bad_image: str) -> tuple[int, ...] | None:
     """Raise on all ranks if one has an error; else return the size of an image, None if no rank has any."""
     shape = None if batch.images is None else tuple(batch.images.shape[1:])
     error = batch.errors[0] if batch.errors and on_bad_image == "error" else None
