@@ -92,7 +92,7 @@ def export_weights(
         raise CheckpointError(prefix + str(error).removeprefix(prefix)) from error
     if output.suffix in FILE_SUFFIXES:
         metadata = {"format": "pt", "names": target, "source": Path(file.path).name}
-        write_file(output, state, metadata=metadata)
+        write_file(output, {"": state}, metadata=metadata)
     else:
         write_folder(output, state, config=config)
     num_values = sum(tensor.numel() for tensor in state.values())

@@ -19,6 +19,7 @@ from dinov2.errors import CheckpointError
 from dinov2.hub.networks import find_networks, split_by_network
 from dinov2.hub.pickle_names import foreign_names, pickle_names
 from dinov2.hub.stored_tensor import State, StoredTensor
+from dinov2.hub.stream_tensors import SAFETENSORS_DTYPES
 from dinov2.hub.weights_file import WeightsFile
 
 _ZIP_START = b"PK\x03\x04"
@@ -37,20 +38,6 @@ _ARCHIVES = {
 _NUM_START_BYTES = 512
 _TAR_MARK = slice(257, 262)  # where a tar archive says "ustar"
 _MAX_NAMES = 3
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def open_file(path: Path) -> WeightsFile:
@@ -130,10 +117,11 @@ def _open_safetensors(path: Path) -> State:
 
 def _stored(path: Path, file: Any, name: str) -> StoredTensor:
     header = file.get_slice(name)
-    dtype = _DTYPES.get(header.get_dtype())
+    dtype = SAFETENSORS_DTYPES.get(header.get_dtype())
     if dtype is None:
         raise CheckpointError(
-            f"{path}: {name} has the type {header.get_dtype()}, which is not read; known: {', '.join(_DTYPES)}"
+            f"{path}: {name} has the type {header.get_dtype()}, which is not read; "
+            f"known: {', '.join(SAFETENSORS_DTYPES)}"
         )
     return StoredTensor(torch.Size(header.get_shape()), dtype, functools.partial(file.get_tensor, name))
 

@@ -8,24 +8,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from dinov2.errors import CheckpointError
 from dinov2.hub.stored_tensor import State
+from dinov2.hub.stream_tensors import stream_safetensors, stream_torch
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 MODEL_FILES = {"config.json", "model.safetensors"}
 
 
-def write_file(path: Path, state: State, *, metadata: Mapping[str, str]) -> None:
-    """Write tensors with `torch.save`, or as safetensors if the path ends so; replaces a file that is there.
+def write_file(path: Path, states: Mapping[str, State], *, metadata: Mapping[str, str]) -> None:
+    """Write tensors as `torch.save` does, or as safetensors if the path ends so; replaces a file that is there.
 
     Args:
         path: its folder is made if it is not there.
-        state: read one after another; all that are no views of a file are in memory at the same time.
+        states: networks by name, or one state under "", which is written bare; a safetensors file, which has no
+            levels, has the network before the names of tensors. Read one tensor after another.
         metadata: strings for the header of safetensors; left out elsewhere.
 
     Raises:
@@ -33,9 +30,14 @@ def write_file(path: Path, state: State, *, metadata: Mapping[str, str]) -> None
     """
 
     def write(temporary: Path) -> None:
-        _write_tensors(temporary, state, is_safetensors=path.suffix == ".safetensors", metadata=metadata)
+        if path.suffix == ".safetensors":
+            stream_safetensors(temporary, flat, metadata=metadata)
+        else:
+            stream_torch(temporary, states)
+        _flush(temporary)
 
-    _write_aside(path, write, state)
+    flat = {f"{key}.{name}" if key else name: t for key, state in states.items() for name, t in state.items()}
+    _write_aside(path, write, flat)
 
 
 def write_folder(path: Path, state: State, *, config: Mapping[str, Any]) -> None:
@@ -48,7 +50,8 @@ def write_folder(path: Path, state: State, *, config: Mapping[str, Any]) -> None
     def write(temporary: Path) -> None:
         temporary.mkdir()
         file = temporary / "model.safetensors"
-        _write_tensors(file, state, is_safetensors=True, metadata={"format": "pt"})
+        stream_safetensors(file, state, metadata={"format": "pt"})
+        _flush(file)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     _write_aside(path, write, state)
@@ -68,7 +71,7 @@ def _write_aside(path: Path, write: Callable[[Path], None], state: State) -> Non
             place.rename(old)
         temporary.replace(place)
         _remove(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # writers of tensors hide the system's error
+    except (OSError, RuntimeError, ValueError) as error:  # PyTorch's writer hides the system's error
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
@@ -87,21 +90,10 @@ def _require_space(path: Path, state: State) -> None:
         )
 
 
-def _write_tensors(path: Path, state: State, *, is_safetensors: bool, metadata: Mapping[str, str]) -> None:
-    tensors = {name: _whole(stored.read()) for name, stored in state.items()}
-    if is_safetensors:
-        save_file(tensors, path, metadata=dict(metadata))
-    else:
-        with path.open("wb") as file:  # with a name alone, PyTorch would not pass on the system's error
-            torch.save(tensors, file)
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is all of its storage: a view would be saved with what surrounds it."""
-    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if is_whole and tensor.is_contiguous() else tensor.contiguous().clone()
 
 
 def _remove(path: Path) -> None:
