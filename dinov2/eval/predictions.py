@@ -1,9 +1,9 @@
-"""What a classifier says of each labelled image of one set: scores of all classes beside the right class.
+"""What an evaluation says of each image of one set: scores of all classes beside the right class, or measurements.
 
 Shapes: M images, C classes of the training set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -105,3 +105,43 @@ class Predictions:
     def _matched_groups(self) -> Groups:
         labels = LabelledSet(name=self.name, targets=self.targets + 1)  # unknown classes are labels there, too
         return match_groups(labels, classes=self.targets, groups=self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Numbers of 0..1 for each image of one set, whose means are the scores: whether a query was answered, and so on.
+
+    Raises:
+        ValueError: the arrays do not fit each other, or a number is none of 0..1.
+    """
+
+    name: str  # of the set, for sentences
+    values: Mapping[str, np.ndarray]  # [M] float64 each, 0..1, by the name of the score; nan: the image does not count
+    places: np.ndarray  # [M] int64, place of the image in the dataset
+    groups: np.ndarray | None = None  # [M] any numbers for the group of each image; None: every image stands alone
+    paths: np.ndarray | None = None  # [M] str; None if the dataset does not tell
+
+    def __post_init__(self) -> None:
+        arrays = {"groups": self.groups, "paths": self.paths, **self.values}
+        for field, values in arrays.items():
+            if values is not None and values.shape != self.places.shape:
+                raise ValueError(f"{field} has shape {values.shape} but there are {len(self)} places")
+        for field, values in self.values.items():
+            if not (np.isnan(values) | ((values >= 0) & (values <= 1))).all():
+                raise ValueError(f"{field} must lie in 0..1, or be nan")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, rows: np.ndarray) -> "Measurements":
+        """Keep some images, given as a mask or as row numbers."""
+        kept = {
+            field: None if getattr(self, field) is None else getattr(self, field)[rows]
+            for field in ("places", "groups", "paths")
+        }
+        return replace(self, values={name: values[rows] for name, values in self.values.items()}, **kept)
+
+    def scores(self) -> Mapping[str, float | None]:
+        """Return the mean of each, in percent; None where no image counts."""
+        known = {name: values[~np.isnan(values)] for name, values in self.values.items()}
+        return {name: 100 * float(values.mean()) if len(values) else None for name, values in known.items()}
