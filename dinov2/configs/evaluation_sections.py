@@ -20,7 +20,7 @@ class KnnConfig(Section):
     val_dataset_path: str | None = None  # images to classify
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours to try, each >= 1
     temperature: float = 0.07  # of the neighbours' votes, > 0
-    batch_size: int = 256  # images of one rank in one forward pass, >= 1
+    batch_size: int = 256  # images that a rank reads at a time, >= 1; changes no result, see dinov2/eval/extraction.py
     image_size_px: int | None = None  # px, a multiple of student.patch_size; null: crops.global_crops_size
     resize_ratio: float = 1.142857  # shorter side before the centre crop over image_size_px, >= 1 (256 / 224)
 
@@ -40,6 +40,18 @@ class KnnConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig(Section):
+    """Label-free measures of the teacher's features while training: RankMe, uniformity, alignment and others."""
+
+    KEY: ClassVar[str] = "evaluation.health"
+
+    num_images: int = 2048  # images looked at, >= 2, of the k-NN training set or else of the training set; 0: none
+
+    def __post_init__(self) -> None:
+        self.require("num_images", self.num_images == 0 or self.num_images >= 2, "at least 2 images, or 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
     """Checks while training."""
 
@@ -48,6 +60,7 @@ class EvaluationConfig(Section):
     eval_period_iterations: int | None = 12500  # steps between evaluations, >= 0; 0 or null: never
     at_start: bool = True  # evaluate before the first step, for comparison
     knn: KnnConfig = field(default_factory=KnnConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         self.require("eval_period_iterations", (self.eval_period_iterations or 0) >= 0, "at least 0 steps, or null")

@@ -3,141 +3,76 @@
     python eval/knn.py --config-file F --pretrained-weights W --train-dataset S --val-dataset S --output-dir D
 
 Ties are settled: of equally similar training images the earlier in the dataset is nearer, of classes with equal votes
-the first wins. The headline score is at the first configured k that is not larger than the training set, not the best.
-Where validation images come in groups (parts, slides, plates), each group is also classified as a whole, by the mean of
-its images' votes: see `dinov2.eval.groups`.
+the first wins. The headline score is at the first configured k that is not larger than the training set, not the best:
+so nothing is chosen, and no data need be held out to choose by. Where images come in groups (parts, slides, plates),
+each group is also classified as a whole, by the mean of its images' votes: see `dinov2.eval.groups`.
 
 Source: Wu et al. 2018, arXiv:1805.01978; numbers and options of the parents' `eval/knn.py`.
 """
 
 import argparse
-import json
 import logging
-import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from dinov2 import distributed
-from dinov2.configs import Config, config_digest
-from dinov2.eval.build import build_datasets, compute_dtype, load_frozen_backbone
-from dinov2.eval.knn_evaluation import KnnEvaluation, KnnResult
+from dinov2.eval.knn_evaluation import KnnResult, evaluate_sets
 from dinov2.eval.knn_scores import FULL
-from dinov2.eval.options import (
-    add_knn_options,
-    check_few_shot_options,
-    config_from_options,
-    get_args_parser,
-    make_output_dir,
-)
-from dinov2.logging import run_program, setup_logging
+from dinov2.eval.options import add_knn_options, check_few_shot_options
+from dinov2.eval.program import Inputs, Outcome, run_evaluation
 
 logger = logging.getLogger(__name__)
-
-RESULTS_NAME = "results_eval_knn.json"
-
-
-class OnlineKnn:
-    """k-NN accuracy of a backbone in training, on the datasets of `evaluation.knn`, which are opened once.
-
-    Args:
-        cfg: config of the run.
-        device: of this rank.
-
-    Raises:
-        ConfigError, DatasetError: a dataset string or its labels are wrong.
-    """
-
-    def __init__(self, cfg: Config, *, device: torch.device) -> None:
-        self._evaluate = build_evaluation(cfg, device=device)
-
-    def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """Return top-1 accuracies in percent: `knn_top1_pct` at the first k, `knn10_top1_pct` at 10, and so on.
-
-        If the validation set has groups, `knn_group_top1_pct` and so on are theirs.
-        """
-        scores = self._evaluate(backbone).named_scores()
-        return {name: score for name, score in scores.items() if name.endswith("_top1_pct")}
-
-
-def build_evaluation(cfg: Config, *, device: torch.device) -> KnnEvaluation:
-    """Open the datasets of `evaluation.knn` and check them."""
-    train, val = build_datasets(cfg)
-    return KnnEvaluation(
-        train,
-        val,
-        nb_knn=cfg.evaluation.knn.nb_knn,
-        temperature=cfg.evaluation.knn.temperature,
-        batch_size=cfg.evaluation.knn.batch_size,
-        num_workers=cfg.train.num_workers,
-        device=device,
-        dtype=compute_dtype(cfg, device=device),
-        on_bad_image=cfg.train.on_bad_image,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit code (0 done, 1 failed, 2 bad usage)."""
-    return run_program(_run, argv)
+    return run_evaluation(
+        argv,
+        name="knn",
+        description="k-NN accuracy of a frozen backbone on labelled images.",
+        pool_of=lambda cfg, args: args.pool,
+        fit_and_score=_fit_and_score,
+        add_options=_add_options,
+        check_options=check_few_shot_options,
+    )
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    parser = get_args_parser("knn.py", description="k-NN accuracy of a frozen backbone on labelled images.")
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add_knn_options(parser)
-    args = parser.parse_intermixed_args(argv)
-    check_few_shot_options(args)
-    cfg = config_from_options(args)
-    env = distributed.init(cfg.compute_precision.device)
-    try:
-        distributed.on_main_first(make_output_dir, args.output_dir)
-        setup_logging(args.output_dir, rank=env.rank)
-        for note in (*cfg.notes, *cfg.refusals):  # what training refuses does not matter here, but may surprise
-            logger.info("%s", note)
-        evaluate = distributed.on_every_rank(lambda: build_evaluation(cfg, device=env.device))
-        backbone = distributed.on_every_rank(
-            lambda: load_frozen_backbone(
-                cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=env.device
-            )
-        )
-        result = evaluate(backbone, n_per_class_list=args.n_per_class_list, n_tries=args.n_tries, show_progress=True)
-        if env.rank == 0:
-            path = Path(args.output_dir) / RESULTS_NAME
-            path.write_text(json.dumps(_report(result, cfg, args=args), indent=2) + "\n")
-            print(format_table(result))
-            logger.info("results=%s", path)
-        return 0
-    finally:
-        distributed.shutdown()
+    parser.add_argument(
+        "--pool", default="cls", help="which tokens make the features: cls, mean, cls+mean, lastN; default: cls"
+    )
 
 
-def _report(result: KnnResult, cfg: Config, *, args: argparse.Namespace) -> Mapping[str, Any]:
-    """Put together what goes into the results file."""
-    knn = cfg.evaluation.knn
-    return result.named_scores() | {
-        "few_shot": [asdict(score) for score in result.scores if score.n_per_class != FULL],
-        "n_train": result.n_train,
-        "n_val": result.n_val,
-        "n_val_groups": result.n_val_groups,
-        "n_classes": result.n_classes,
-        "n_features": result.n_features,
-        "temperature": knn.temperature,
-        "train_dataset": knn.train_dataset_path,
-        "val_dataset": knn.val_dataset_path,
-        "weights": args.pretrained_weights,
-        "checkpoint_key": args.checkpoint_key,
-        "config_digest": config_digest(cfg),
-        "versions": {
-            "dinov2-adapt": version("dinov2-adapt"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+def _fit_and_score(inputs: Inputs) -> Outcome:
+    knn = inputs.cfg.evaluation.knn
+    val = inputs.val if inputs.test is None else inputs.test
+    if inputs.test is not None and not inputs.is_reference:
+        logger.info("the k of k-NN are given, so nothing is chosen on %s; %s is classified", inputs.val.name, val.name)
+    result, predictions = evaluate_sets(
+        inputs.train,
+        val,
+        nb_knn=knn.nb_knn,
+        temperature=knn.temperature,
+        device=inputs.env.device,
+        n_per_class_list=inputs.args.n_per_class_list,
+        n_tries=inputs.args.n_tries,
+        logs_notes=not inputs.is_reference,
+    )
+    return Outcome(
+        predictions=predictions,
+        named_scores=result.named_scores(),
+        table=format_table(result),
+        details={
+            "few_shot": [asdict(score) for score in result.scores if score.n_per_class != FULL],
+            "n_train": result.n_train,
+            "n_val": result.n_val,
+            "n_val_groups": result.n_val_groups,
+            "n_classes": result.n_classes,
+            "n_features": result.n_features,
+            "temperature": knn.temperature,
         },
-    }
+    )
 
 
 def format_table(result: KnnResult) -> str:

@@ -63,7 +63,8 @@ def scores_at(
     temperature: float,
     device: torch.device,
     n_per_class: int = FULL,
-) -> list[KnnScore]:
+    votes_at: int | None = None,
+) -> tuple[list[KnnScore], Tensor]:
     """Score with the labelled training images that are given; called by all ranks, equal results on all.
 
     Args:
@@ -75,19 +76,28 @@ def scores_at(
         temperature: of the votes, > 0.
         device: where similarities are computed.
         n_per_class: training images of each class that these are, for the scores.
+        votes_at: the k whose votes are wanted as well, one of `ks`; None: of none.
 
     Returns:
-        One score for each k, in the order of `ks`.
+        One score for each k, in the order of `ks`; and the votes [q, C] float64 for this rank's labelled validation
+        images, of each image at most 1 in sum.
     """
     rising = sorted(ks)
-    counts, of_groups = _count(
-        train, val, classes=classes, groups=groups, ks=rising, temperature=temperature, device=device
+    counts, of_groups, votes = _count(
+        train,
+        val,
+        classes=classes,
+        groups=groups,
+        ks=rising,
+        temperature=temperature,
+        device=device,
+        votes_at=votes_at,
     )
     scores = {
         k: _score(of_images, k=k, n_per_class=n_per_class, group_top1_pct=of_group)
         for k, of_images, of_group in zip(rising, counts, of_groups, strict=True)
     }
-    return [scores[k] for k in ks]
+    return [scores[k] for k in ks], votes
 
 
 def few_shot_scores(
@@ -115,7 +125,7 @@ def few_shot_scores(
     for seed in range(n_tries):
         chosen = choose_few(classes.train, n_per_class=n_per_class, seed=seed)
         few = train.take(torch.isin(train.indices, chosen))
-        tries.append(scores_at(few, val, classes=classes, groups=groups, ks=ks, **settings))
+        tries.append(scores_at(few, val, classes=classes, groups=groups, ks=ks, **settings)[0])
     return [_mean(scores) for scores in zip(*tries, strict=True)]
 
 
@@ -147,29 +157,32 @@ def _count(
     ks: Sequence[int],
     temperature: float,
     device: torch.device,
-) -> tuple[Tensor, list[float | None]]:
+    votes_at: int | None,
+) -> tuple[Tensor, list[float | None], Tensor]:
     """For each k, count validation images, those right at first and those right among five, by class: [3, C + 1].
 
     The last column is for images whose class the training set lacks. The k rise. Beside the counts, for each k: percent
-    of the groups that are right.
+    of the groups that are right; and the votes of one k.
     """
     train, val = train.take(train.targets >= 0), val.take(val.targets >= 0)
     class_of_train, class_of_val = torch.from_numpy(classes.train), torch.from_numpy(classes.val)
     counts = torch.zeros(len(ks), 3, classes.count + 1, dtype=torch.int64)
     group_votes = GroupVotes(groups, num_ks=len(ks), num_classes=classes.count)
+    kept = [torch.empty(0, classes.count, dtype=torch.float64)]
     for rows, similarities, places in find_neighbours(
         val.values, train.values, train_indices=train.indices, num_neighbours=ks[-1], device=device
     ):
         targets = class_of_val[val.indices[rows]]
         column = torch.where(targets < 0, classes.count, targets)
         votes_of = vote(similarities, class_of_train[places], ks=ks, temperature=temperature, num_classes=classes.count)
-        for number, (_, votes) in enumerate(votes_of):
+        for number, (k, votes) in enumerate(votes_of):
+            kept += [votes.clone()] * (k == votes_at)
             group_votes.add(votes, images=val.indices[rows], number_of_k=number)
             better = num_better_classes(votes, targets)
             right = (torch.ones_like(better), (better < 1) & (targets >= 0), (better < 5) & (targets >= 0))
             for row, weight in enumerate(right):
                 counts[number, row].scatter_add_(0, column, weight.long())
-    return all_reduce_sum(counts), group_votes.top1_pct()
+    return all_reduce_sum(counts), group_votes.top1_pct(), torch.cat(kept)
 
 
 def _score(counts: Tensor, *, k: int, n_per_class: int, group_top1_pct: float | None) -> KnnScore:

@@ -1,68 +1,117 @@
-"""Evaluations of a run: the teacher's weights as one file and, if configured, its k-NN accuracy."""
+"""Evaluations of a run: the teacher's weights as one file, label-free measures and, if configured, k-NN accuracy."""
 
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dinov2.checkpoint_format import write_text
 from dinov2.configs import Config
 from dinov2.distributed import Environment, on_main_first
 from dinov2.errors import CheckpointError
-from dinov2.eval.knn import OnlineKnn
+from dinov2.eval.build import NamedDataset, build_eval_transform
+from dinov2.eval.health_online import OnlineHealth, Preprocessed, SampleFeatures
+from dinov2.eval.knn_online import OnlineKnn
 from dinov2.fsdp import full_state_dict
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = "results_eval_knn.json"
+KNN_NAME = "results_eval_knn.json"
+HEALTH_NAME = "results_eval_health.json"
+FEATURES_NAME = "health_features.safetensors"  # of the start, which later ones are compared with
 TEACHER_NAME = "teacher_checkpoint.pth"
+START = "start"
 
 
 class TeacherEvaluation:
     """Evaluate the teacher into `<output_dir>/eval/<name>/`.
 
+    Label-free measures look at images of the k-NN training set; without k-NN, of the training set itself.
+
     Args:
         cfg: its datasets are opened here, so that a wrong path fails before training starts.
         env: device of this rank.
+        dataset: training images, as they are.
         output_dir: folder of the run.
     """
 
-    def __init__(self, cfg: Config, env: Environment, *, output_dir: Path) -> None:
+    def __init__(self, cfg: Config, env: Environment, *, dataset: Any, output_dir: Path) -> None:
         self.output_dir = output_dir
         configured = cfg.evaluation.knn.train_dataset_path is not None
-        self.knn = OnlineKnn(cfg, device=env.device) if configured else None
+        self.knn = OnlineKnn.from_config(cfg, device=env.device) if configured else None
+        preprocessed = NamedDataset(str(cfg.train.dataset_path), Preprocessed(dataset, build_eval_transform(cfg)))
+        images = preprocessed if self.knn is None else self.knn.train
+        self.health = OnlineHealth.from_config(cfg, images, device=env.device)
         self.last_scores: dict[str, float] = {}
 
     def __call__(self, model: SSLMetaArch, name: str) -> dict[str, float]:
-        """Save the teacher and score it; returns scores in percent, equal on all ranks."""
-        folder = self.output_dir / "eval" / name
+        """Save the teacher and score it; returns the scores, equal on all ranks, those called `_pct` in percent."""
+        folder = self._folder(name)
         weights = full_state_dict(model.teacher)
-        scores = self.knn(model.teacher["backbone"]) if self.knn is not None else {}
-        on_main_first(_write, folder, {"teacher": weights}, scores)
+        backbone = model.teacher["backbone"]
+        files: dict[str, bytes] = {}
+        scores: dict[str, float] = {}
+        known = None
+        if self.knn is not None:
+            known, val = self.knn.extract(backbone)
+            accuracies = self.knn.score(known, val).named_scores()
+            scores |= {key: score for key, score in accuracies.items() if key.endswith("_top1_pct")}
+            files[KNN_NAME] = _as_json(scores)
+        if self.health is not None:
+            is_start = name == START
+            start = None if is_start else on_main_first(SampleFeatures.read, self._folder(START) / FEATURES_NAME)
+            measures, features = self.health(backbone, known=known, start=start)
+            scores |= measures
+            files[HEALTH_NAME] = _as_json(measures)
+            if is_start:
+                files[FEATURES_NAME] = features.write()
+        on_main_first(_write, folder, {"teacher": weights}, files)
         shown = "".join(f" {key}={value:.2f}" for key, value in scores.items())
         logger.info("evaluation=%s teacher=%s%s", name, folder / TEACHER_NAME, shown)
         self.last_scores = scores
         return scores
 
+    def if_missing(self, model: SSLMetaArch, name: str) -> dict[str, float]:
+        """Return the scores of an evaluation of this run, evaluating unless that was done before."""
+        if not on_main_first(self._is_done, name):
+            return self(model, name)
+        self.last_scores = on_main_first(self.scores_of, name)
+        return self.last_scores
+
     def scores_of(self, name: str) -> dict[str, float]:
         """Read the scores of an earlier evaluation of this run; empty where there are none. For rank 0."""
-        path = self.output_dir / "eval" / name / RESULTS_NAME
-        return json.loads(path.read_text()) if path.is_file() else {}
+        paths = [self._folder(name) / file for file in (KNN_NAME, HEALTH_NAME)]
+        return {key: score for path in paths if path.is_file() for key, score in json.loads(path.read_text()).items()}
+
+    def _is_done(self, name: str) -> bool:
+        wanted = {TEACHER_NAME: True, KNN_NAME: self.knn is not None, HEALTH_NAME: self.health is not None}
+        return all((self._folder(name) / file).is_file() for file, is_wanted in wanted.items() if is_wanted)
+
+    def _folder(self, name: str) -> Path:
+        return self.output_dir / "eval" / name
 
 
-def _write(folder: Path, weights: dict, scores: dict[str, float]) -> None:
-    """Write both files so that each appears whole or not at all."""
-    path = folder / TEACHER_NAME
-    temporary = path.with_name(f"{TEACHER_NAME}.tmp")
+def _as_json(scores: Mapping[str, float]) -> bytes:
+    return f"{json.dumps(scores, indent=2)}\n".encode()
+
+
+def _write(folder: Path, weights: dict, files: Mapping[str, bytes]) -> None:
+    """Write all files so that each appears whole or not at all."""
+    _replace(folder / TEACHER_NAME, lambda path: torch.save(weights, path))
+    for name, content in files.items():
+        _replace(folder / name, lambda path, content=content: path.write_bytes(content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
         os.replace(temporary, path)
-        if scores:
-            write_text(folder / RESULTS_NAME, json.dumps(scores, indent=2) + "\n")
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in a RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written ({str(error).splitlines()[0]}); free some space") from error

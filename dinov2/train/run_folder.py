@@ -23,6 +23,8 @@ _MADE_BY_A_RUN = (
     CONFIG_NAME,
     "eval/*/teacher_checkpoint.pth",
     "eval/*/results_eval_knn.json",
+    "eval/*/results_eval_health.json",
+    "eval/start/health_features.safetensors",
     "logs/skipped_images.rank*.txt",
     "tensorboard/events.out.tfevents.*",
     "wandb_run_id.txt",

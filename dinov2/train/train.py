@@ -136,7 +136,7 @@ def do_train(
     dataset = on_every_rank(lambda: build_dataset(cfg, output_dir=output_dir))
     require_equal_sizes(dataset)
     plan = plan_run(cfg, dataset_size=pass_size(dataset), world_size=env.world_size)
-    evaluate = on_every_rank(lambda: TeacherEvaluation(cfg, env, output_dir=output_dir))
+    evaluate = on_every_rank(lambda: TeacherEvaluation(cfg, env, dataset=dataset, output_dir=output_dir))
     seed_global_generators(cfg.train.seed + env.rank)
     model = build_model(cfg, device=env.device)
     optimizer = build_optimizer(cfg, model)

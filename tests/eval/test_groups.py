@@ -12,7 +12,10 @@ from torch import nn
 from dinov2.data.datasets.mixed import MixedDataset
 from dinov2.errors import DatasetError
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.knn_evaluation import KnnEvaluation
+from dinov2.eval.extraction import extract_features
+from dinov2.eval.feature_set import FeatureSet
+from dinov2.eval.knn_evaluation import evaluate_sets
+from dinov2.eval.knn_online import OnlineKnn
 from dinov2.eval.knn_scores import choose_few
 
 CPU = torch.device("cpu")
@@ -93,8 +96,8 @@ def slow_group_accuracy(train, val, *, k):
     return 100 * np.mean(right)
 
 
-def evaluate(train, val, *, nb_knn=KS, batch_size=32, **options):
-    evaluation = KnnEvaluation(
+def evaluate(train, val, *, nb_knn=KS, batch_size=32):
+    knn = OnlineKnn(
         NamedDataset("TRAIN", train),
         NamedDataset("VAL", val),
         nb_knn=nb_knn,
@@ -104,12 +107,31 @@ def evaluate(train, val, *, nb_knn=KS, batch_size=32, **options):
         device=CPU,
         on_bad_image="skip",
     )
-    return evaluation(nn.Flatten(), **options)
+    return knn.score(*knn.extract(nn.Flatten()))
+
+
+def evaluate_few(train, val, *, nb_knn=KS, n_per_class_list=(-1,), n_tries=1, batch_size=32):
+    sets = []
+    for name, images in (("TRAIN", train), ("VAL", val)):
+        values, targets = extract_features(nn.Flatten(), images, batch_size=batch_size, num_workers=0, device=CPU)
+        columns = images.metadata() if hasattr(images, "metadata") else {}
+        sets.append(
+            FeatureSet(
+                name=name, values=values, targets=targets.numpy(), places=np.arange(len(images)), columns=columns
+            )
+        )
+    few = {"n_per_class_list": n_per_class_list, "n_tries": n_tries}
+    return evaluate_sets(*sets, nb_knn=nb_knn, temperature=TEMPERATURE, device=CPU, **few)
 
 
 def scores_of_groups(**options):
-    result = evaluate(training_set(), grouped_set(), n_per_class_list=[-1, 3], n_tries=2, **options)
-    return [score.group_top1_pct for score in result.scores]
+    train, val = training_set(), grouped_set()
+    of_sets, predictions = evaluate_few(train, val, n_per_class_list=[-1, 3], n_tries=2, **options)
+    in_training = evaluate(train, val, **options)
+    of_all = [score.group_top1_pct for score in in_training.scores]
+    assert of_all == [score.group_top1_pct for score in of_sets.scores[: len(KS)]]
+    assert of_all[0] == pytest.approx(100 * predictions.by_group().is_right(among=1).mean(), abs=1e-9)
+    return [score.group_top1_pct for score in of_sets.scores]
 
 
 def test_accuracies_agree_with_a_slow_reference():
@@ -162,7 +184,7 @@ def test_of_equal_means_the_first_class_wins():
 
 def test_few_training_images_have_scores_of_groups_too():
     train, val = training_set(), grouped_set()
-    (score,) = evaluate(train, val, nb_knn=[3], n_per_class_list=[3], n_tries=3).scores
+    (score,) = evaluate_few(train, val, nb_knn=[3], n_per_class_list=[3], n_tries=3)[0].scores
     tries = []
     for seed in range(3):
         chosen = choose_few(train.targets, n_per_class=3, seed=seed).sort().values

@@ -15,7 +15,9 @@ from dinov2 import distributed
 from dinov2.errors import CheckpointError, ConfigError, DatasetError
 from dinov2.eval.build import NamedDataset
 from dinov2.eval.extraction import extract_features
-from dinov2.eval.knn_evaluation import KnnEvaluation
+from dinov2.eval.feature_set import FeatureSet
+from dinov2.eval.knn_evaluation import evaluate_sets
+from dinov2.eval.knn_online import OnlineKnn
 from dinov2.eval.knn_scores import choose_few
 
 CPU = torch.device("cpu")
@@ -58,9 +60,14 @@ class Backbone(nn.Module):
         return self.dropout(self.projection(images.flatten(1)))
 
 
+class Evaluation(OnlineKnn):
+    def __call__(self, backbone):
+        return self.score(*self.extract(backbone))
+
+
 def evaluation(train=None, val=None, **settings):
     settings = {"nb_knn": [5, 1, 20], "batch_size": 32, "num_workers": 0} | settings
-    return KnnEvaluation(
+    return Evaluation(
         NamedDataset("TRAIN", Images(200) if train is None else train),
         NamedDataset("VAL", Images(101, seed=1) if val is None else val),
         temperature=TEMPERATURE,
@@ -69,37 +76,67 @@ def evaluation(train=None, val=None, **settings):
     )
 
 
+def feature_set(name, images, backbone):
+    values, targets = extract_features(backbone, images, batch_size=32, num_workers=0, device=CPU)
+    return FeatureSet(name=name, values=values, targets=targets.numpy(), places=np.arange(len(images)))
+
+
+def evaluate_few(n_per_class_list, *, train=None, val=None, nb_knn=(5, 1, 20), n_tries=1):
+    train = feature_set("TRAIN", Images(200) if train is None else train, Backbone())
+    val = feature_set("VAL", Images(101, seed=1) if val is None else val, Backbone())
+    return evaluate_sets(
+        train,
+        val,
+        nb_knn=nb_knn,
+        temperature=TEMPERATURE,
+        device=CPU,
+        n_per_class_list=n_per_class_list,
+        n_tries=n_tries,
+    )
+
+
 def evaluate_on_rank(batch_size, num_workers, num_val=101):
-    backbone = Backbone()
-    evaluate = evaluation(val=Images(num_val, seed=1), batch_size=batch_size, num_workers=num_workers)
-    result = evaluate(backbone, n_per_class_list=[-1, 3], n_tries=2)
-    return {"scores": [asdict(score) for score in result.scores], "n_val": result.n_val, "calls": backbone.num_calls}
+    backbone, val = Backbone(), Images(num_val, seed=1)
+    result = evaluation(val=val, batch_size=batch_size, num_workers=num_workers)(backbone)
+    of_sets, predictions = evaluate_few([-1, 3], val=val, n_tries=2)
+    return {
+        "scores": [asdict(score) for score in result.scores],
+        "scores of sets": [asdict(score) for score in of_sets.scores],
+        "votes": torch.from_numpy(predictions.scores),
+        "n_val": result.n_val,
+        "calls": backbone.num_calls,
+    }
 
 
 def scores_of(result):
     return [asdict(score) for score in result.scores]
 
 
-def test_accuracies_agree_with_scikit_learn():
-    train, val, backbone = Images(200), Images(101, seed=1), Backbone().eval()
-    result = evaluation(train, val)(backbone)
+def scikit_learn(train, val, *, k):
+    """Votes [m, C] of scikit-learn's brute force; it settles ties in no stated way, and there are none here."""
     with torch.no_grad():
-        train_features, val_features = backbone(train.images).numpy(), backbone(val.images).numpy()
+        train_features, val_features = (Backbone().eval()(images.images).numpy() for images in (train, val))
+    reference = KNeighborsClassifier(
+        n_neighbors=k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distances: np.exp((1 - distances) / TEMPERATURE),
+    )
+    return reference.fit(train_features, train.targets).predict_proba(val_features)
+
+
+def test_accuracies_agree_with_scikit_learn():
+    train, val = Images(200), Images(101, seed=1)
+    result = evaluation(train, val)(Backbone())
     assert [score.k for score in result.scores] == [5, 1, 20]
     for score in result.scores:
-        reference = KNeighborsClassifier(
-            n_neighbors=score.k,
-            metric="cosine",
-            algorithm="brute",
-            weights=lambda distances: np.exp((1 - distances) / TEMPERATURE),
-        ).fit(train_features, train.targets)
-        predicted = reference.predict(val_features)
+        votes = scikit_learn(train, val, k=score.k)
+        predicted = votes.argmax(axis=1)
         assert score.top1_pct == pytest.approx(100 * (predicted == val.targets).mean(), abs=1e-9)
         recalls = [(predicted[val.targets == number] == number).mean() for number in range(7)]
         assert score.mean_per_class_pct == pytest.approx(100 * np.mean(recalls), abs=1e-9)
-        order = np.argsort(-reference.predict_proba(val_features), axis=1, kind="stable")[:, :5]
-        probability = np.take_along_axis(reference.predict_proba(val_features), order, axis=1)
-        in_top5 = ((order == val.targets[:, None]) & (probability > 0)).any(axis=1)
+        order = np.argsort(-votes, axis=1, kind="stable")[:, :5]
+        in_top5 = ((order == val.targets[:, None]) & (np.take_along_axis(votes, order, axis=1) > 0)).any(axis=1)
         assert score.top5_pct == pytest.approx(100 * in_top5.mean(), abs=1e-9)
     assert (result.n_train, result.n_val, result.n_classes, result.n_features) == (200, 101, 7, 8)
     assert result.named_scores()["knn_top1_pct"] == result.scores[0].top1_pct  # the first k, not the best
@@ -137,11 +174,19 @@ def all_on_rank(num_val):
 def test_results_do_not_depend_on_the_number_of_processes(num_processes, num_val):
     """33 images in batches of 32: one rank of three has no image at all."""
     alone, features = evaluate_on_rank(32, 0, num_val), features_on_rank()
-    assert alone["n_val"] == num_val
+    assert alone["n_val"] == len(alone["votes"]) == num_val
+    votes = scikit_learn(Images(200), Images(num_val, seed=1), k=5)
+    own = alone["votes"].numpy() / alone["votes"].sum(dim=1, keepdim=True).numpy()
+    np.testing.assert_allclose(own, votes, rtol=0, atol=1e-5)  # its cosines are float32
+    assert np.array_equal(own.argmax(axis=1), votes.argmax(axis=1))
+    assert alone["scores of sets"][:3] == alone["scores"]  # in training, and of features that are kept
     assert torch.equal(features["targets"], torch.from_numpy(Images(45).targets))
     results = run_distributed(all_on_rank, num_processes=num_processes, args={"num_val": num_val})
     for rank, result in enumerate(results):
-        assert result["evaluation"]["scores"] == alone["scores"] and result["evaluation"]["n_val"] == num_val
+        for name in ("scores", "scores of sets", "n_val"):
+            assert result["evaluation"][name] == alone[name]
+        # 1e-6: this process may compute features with more threads
+        torch.testing.assert_close(result["evaluation"]["votes"], alone["votes"], rtol=0, atol=1e-6)
         # a sharded model needs all ranks in every forward pass
         assert result["evaluation"]["calls"] == results[0]["evaluation"]["calls"]
         assert torch.equal(result["features"]["features"], features["features"])  # bit for bit
@@ -152,7 +197,8 @@ def test_results_do_not_depend_on_the_number_of_processes(num_processes, num_val
 
 def test_few_images_of_each_class():
     train, val, backbone = Images(200), Images(101, seed=1), Backbone()
-    result = evaluation(train, val, nb_knn=[2, 10])(backbone, n_per_class_list=[3], n_tries=3)
+    result, predictions = evaluate_few([3], train=train, val=val, nb_knn=[2, 10], n_tries=3)
+    assert predictions is None
     assert [(score.n_per_class, score.k) for score in result.scores] == [(3, 2), (3, 3)]
     top1 = []
     for seed in range(3):
@@ -167,7 +213,7 @@ def test_few_images_of_each_class():
 
 
 def test_more_images_per_class_than_there_are():
-    result = evaluation(Images(12), nb_knn=[1])(Backbone(), n_per_class_list=[500])
+    result, _ = evaluate_few([500], train=Images(12), nb_knn=[1])
     assert [score.k for score in result.scores] == [1, 12]
 
 
@@ -177,7 +223,7 @@ def test_evaluation_leaves_modes_gradients_and_random_states_alone():
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     for num_workers in (0, 1):
-        evaluation(num_workers=num_workers)(backbone, n_per_class_list=[-1, 3])
+        evaluation(num_workers=num_workers)(backbone)
     assert (backbone.training, backbone.dropout.training, backbone.projection.training) == (True, True, False)
     assert all(parameter.grad is None for parameter in backbone.parameters())
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -320,6 +366,6 @@ def test_features_that_are_not_finite():
     with pytest.raises(CheckpointError) as caught:
         evaluation(batch_size=50)(Broken())
     assert str(caught.value) == (
-        "4 of 200 feature vectors hold NaN or infinity; the weights are damaged, or too large for this precision: "
+        "7 of 200 feature vectors hold NaN or infinity; the weights are damaged, or too large for this precision: "
         "try compute_precision.param_dtype=fp32"
     )

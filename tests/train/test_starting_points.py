@@ -123,7 +123,11 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_writes_nothing_else(tmp_p
     assert train(tmp_path, "--eval-only", *knn) == 0
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     folder = tmp_path / "eval" / "manual_1"
-    assert sorted(path.name for path in folder.iterdir()) == ["results_eval_knn.json", "teacher_checkpoint.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "results_eval_health.json",
+        "results_eval_knn.json",
+        "teacher_checkpoint.pth",
+    ]
     weights = torch.load(folder / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert torch.equal(weights["backbone.cls_token"], network(state_of(tmp_path, 1), "teacher")["cls_token"])
 
