@@ -1,0 +1,83 @@
+"""Images that choose hyper-parameters are never those that are reported."""
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2.data.splits import in_split
+from dinov2.errors import DatasetError
+from dinov2.eval.feature_set import FeatureSet
+from dinov2.eval.held_out import held_out, select_sets
+
+
+def features(num_images, *, groups=None, name="Photos:split=TRAIN", targets=None, paths=None):
+    columns = {"path": np.array([f"{n}.png" for n in range(num_images)]) if paths is None else np.array(paths)}
+    if groups is not None:
+        columns["group"] = np.array(groups)
+    return FeatureSet(
+        name=name,
+        values=torch.arange(num_images)[:, None].float(),
+        targets=np.arange(num_images) % 2 if targets is None else np.array(targets),
+        places=np.arange(num_images),
+        columns=columns,
+    )
+
+
+def test_a_fifth_is_held_out_whatever_the_order():
+    train = features(1000)
+    is_out = held_out(train)
+    assert 150 < is_out.sum() < 250
+    order = np.random.default_rng(0).permutation(1000)
+    assert (held_out(train.take(order)) == is_out[order]).all()
+
+
+def test_groups_stay_together():
+    groups = [f"part {n // 7}" for n in range(700)]
+    is_out = held_out(features(700, groups=groups)).reshape(100, 7)
+    assert (is_out.all(axis=1) | ~is_out.any(axis=1)).all()
+    assert 10 < is_out[:, 0].sum() < 30
+
+
+def test_the_training_split_of_a_dataset_can_be_split_again():
+    paths = np.array([f"{n}.png" for n in range(500)])
+    train = paths[in_split(paths, "train", val_fraction=0.2)]
+    assert 50 < held_out(features(len(train), paths=train)).sum() < 120
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_two_groups_are_split_one_to_one(number):
+    is_out = held_out(features(6, groups=[f"{number} a"] * 3 + [f"{number} b"] * 3))
+    assert is_out.tolist() in ([True] * 3 + [False] * 3, [False] * 3 + [True] * 3)
+
+
+def test_a_single_group_is_refused():
+    with pytest.raises(DatasetError) as caught:
+        held_out(features(4, groups=["slide 1"] * 4))
+    assert str(caught.value) == (
+        "Photos:split=TRAIN: a single group, so none can be held out to choose hyper-parameters on; "
+        "name a --test-dataset, then they are chosen on the validation set"
+    )
+    with pytest.raises(DatasetError, match="a single image with a label"):
+        held_out(features(1))
+
+
+def test_roles_without_a_test_set():
+    train, val = features(100, targets=[-1] * 50 + [0, 1] * 25), features(10, name="Photos:split=VAL")
+    roles = select_sets(train, val, None)
+    assert len(roles.final) == 50 and len(roles.fit) + len(roles.choose) == 50
+    assert not set(roles.fit.places) & set(roles.choose.places)
+    assert roles.report is val
+    assert roles.details() == {
+        "chosen_on": f"{len(roles.choose)} of 50 images of Photos:split=TRAIN, held out by a hash of their paths",
+        "reported_on": "Photos:split=VAL",
+        "n_fit": len(roles.fit),
+        "n_choose": len(roles.choose),
+        "n_final": 50,
+    }
+
+
+def test_roles_with_a_test_set():
+    train, val, test = features(100), features(10, name="val"), features(20, name="test")
+    roles = select_sets(train, val, test)
+    assert (roles.fit, roles.choose, roles.final, roles.report) == (train, val, train, test)
+    assert (roles.chosen_on, roles.details()["reported_on"]) == ("val", "test")
