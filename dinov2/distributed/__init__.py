@@ -32,9 +32,11 @@ from dinov2.distributed.environment import (
     launched_world_size,
     shutdown,
 )
+from dinov2.distributed.side_channel import SideChannel
 
 __all__ = [
     "Environment",
+    "SideChannel",
     "all_gather_cat",
     "all_gather_cat_autograd",
     "all_gather_objects",

@@ -1,4 +1,4 @@
-"""Which part of a parameter this rank holds.
+"""Which part of a parameter this rank holds, and which ranks hold the same.
 
 All parameters are split along their first axis, if at all, into parts of ceil(length / ranks) rows; the last ranks
 hold fewer rows or none.
@@ -18,7 +18,12 @@ class Layout:
 
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]  # of the local part's first element
-    num_replicas: int  # ranks that hold this same part
+    holders: tuple[int, ...]  # ranks that hold this same part, this one among them, in ascending order
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of ranks that hold this same part."""
+        return len(self.holders)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -30,14 +35,16 @@ def layout_of(tensor: Tensor) -> Layout:
     """Describe the part of a parameter or buffer that this rank holds; plain tensors are the same on all ranks."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Layout(global_shape=shape, offset=(0,) * len(shape), num_replicas=get_world_size())
-    start, length, num_replicas = 0, shape[0], 1
+        return Layout(global_shape=shape, offset=(0,) * len(shape), holders=tuple(range(get_world_size())))
+    mesh = tensor.device_mesh
+    start, length, same = 0, shape[0], []
     for axis, placement in enumerate(tensor.placements):
-        size = tensor.device_mesh.size(axis)
         if placement.is_shard(0):
-            rows = -(-length // size)
-            first = min(rows * tensor.device_mesh.get_local_rank(axis), length)
+            rows = -(-length // mesh.size(axis))
+            first = min(rows * mesh.get_local_rank(axis), length)
             start, length = start + first, min(rows, length - first)
+            same.append(mesh.get_local_rank(axis))
         else:
-            num_replicas *= size
-    return Layout(global_shape=shape, offset=(start, *(0,) * (len(shape) - 1)), num_replicas=num_replicas)
+            same.append(slice(None))
+    holders = mesh.mesh[tuple(same)].flatten().tolist()
+    return Layout(global_shape=shape, offset=(start, *(0,) * (len(shape) - 1)), holders=tuple(sorted(holders)))

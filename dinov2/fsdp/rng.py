@@ -1,5 +1,6 @@
 """The state of this process's random number generators, in a form that rank files can hold."""
 
+import hashlib
 import random
 from typing import Any
 
@@ -39,3 +40,16 @@ class RngState:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
+
+    def load_state_of_another(self, state: dict[str, Any], *, rank: int) -> None:
+        """Start fresh sequences for a rank that the saved run did not have.
+
+        Args:
+            state: of a rank that it had.
+            rank: of this process; each gets sequences of its own, the same ones whenever it is called.
+        """
+        words = state["torch"].numpy().tobytes() + repr(state["python"]).encode()
+        seed = int.from_bytes(hashlib.sha256(words + rank.to_bytes(8, "little")).digest()[:8], "little")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)

@@ -1,41 +1,85 @@
-"""What one rank saves of a model and its optimiser, and how it gets it back.
+"""What one rank saves of a model and its optimisers, and how any number of ranks gets it back.
 
-Parameters and optimiser state go by name. A rank saves its own rows of sharded tensors; `layout` says which they are.
+Parameters and optimiser state go by name. A rank saves its own rows of sharded tensors; what several ranks hold is
+saved by one of them, so that each has about the same number of bytes to write. `layout` says which rows a file has.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dinov2.checkpoint_format import StoredPieces
+from dinov2.distributed import get_rank
 from dinov2.errors import CheckpointError
-from dinov2.fsdp.layout import layout_of, local_part
+from dinov2.fsdp.layout import Layout, layout_of, local_part
 from dinov2.fsdp.wrap import reshard
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Return this rank's parts of all parameters and persistent buffers, sharing their memory."""
-    reshard(model)
-    return {name: local_part(tensor) for name, tensor in model.state_dict().items()}
+    return {name: local_part(tensor) for name, tensor in _model_tensors(model).items()}
 
 
-def model_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe, for each entry of `model_state`, the whole tensor and the place of this rank's part in it."""
-    reshard(model)
-    return {name: asdict(layout_of(tensor)) for name, tensor in model.state_dict().items()}
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimiser's state, local parts only, and its groups, with parameter names for indices."""
+    saved = _optimizer_tensors(model, optimizer)
+    state = {
+        name: {key: local_part(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        for name, values in saved["state"].items()
+    }
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def part_to_save(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
+    """Collect what this rank's file holds of a model and its optimisers, sharing their memory.
+
+    Args:
+        model: sharded or not.
+        optimizers: of its parameters, by the name that they are saved under.
+
+    Returns:
+        `model`: tensors by name. `checkpointables`: states of the optimisers, with tensors that are this rank's to
+        save and all other values. `layout`: whole shape and offset of each of these tensors, by its path in the file.
+    """
+    whole_model = _model_tensors(model)
+    states = {key: _optimizer_tensors(model, item) for key, item in optimizers.items()}
+    tensors = {f"model/{name}": tensor for name, tensor in whole_model.items()}
+    for key, saved in states.items():
+        for name, values in saved["state"].items():
+            root = f"checkpointables/{key}/state/{name}"
+            tensors |= {f"{root}/{item}": value for item, value in values.items() if isinstance(value, Tensor)}
+    own = _share_of(get_rank(), {path: (local_part(tensor), layout_of(tensor)) for path, tensor in tensors.items()})
+    for key, saved in states.items():
+        for name, values in saved["state"].items():
+            root = f"checkpointables/{key}/state/{name}"
+            paths = {item: f"{root}/{item}" for item in values}
+            saved["state"][name] = {
+                item: own[paths[item]][0] if isinstance(value, Tensor) else value
+                for item, value in values.items()
+                if not isinstance(value, Tensor) or paths[item] in own
+            }
+    return {
+        "model": {name: own[f"model/{name}"][0] for name in whole_model if f"model/{name}" in own},
+        "checkpointables": states,
+        "layout": {
+            path: {"global_shape": list(layout.global_shape), "offset": list(layout.offset)}
+            for path, (_, layout) in own.items()
+        },
+    }
 
 
 @torch.no_grad()
-def load_model_state(model: nn.Module, state: Mapping[str, Tensor], *, layout: Mapping[str, Any]) -> None:
-    """Fill this rank's parts in place; names, shapes, types and places must be those that were saved.
+def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> None:
+    """Fill this rank's parts in place; names, shapes and types must be those that were saved.
 
     Raises:
         CheckpointError: they are not; the model is left unchanged.
+        DamagedCheckpointError: what was read is not what was written; the model is filled in part.
     """
-    own, own_layout = model_state(model), model_layout(model)
+    own = _model_tensors(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -43,45 +87,83 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], *, layout: M
             f"), {len(unexpected)} unexpected (first: {unexpected[0] if unexpected else 'none'})"
         )
     for name, tensor in own.items():
-        saved = f"{layout[name]['global_shape']} {state[name].dtype} from {layout[name]['offset']}"
-        needed = f"{own_layout[name]['global_shape']} {tensor.dtype} from {own_layout[name]['offset']}"
-        if saved != needed or state[name].shape != tensor.shape:
+        saved = f"{state[name].global_shape} {state[name].dtype}"
+        needed = f"{tuple(tensor.shape)} {tensor.dtype}"
+        if saved != needed:
             raise CheckpointError(f"the checkpoint does not fit the model: {name} is {saved}, the model needs {needed}")
     for name, tensor in own.items():
-        tensor.copy_(state[name])
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimiser's state, local parts only, and its groups, with parameter names for indices."""
-    reshard(model)
-    names = {id(param): name for name, param in model.named_parameters()}
-    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-    state = {
-        names[id(param)]: {
-            key: local_part(value) if isinstance(value, Tensor) else value for key, value in values.items()
-        }
-        for param, values in optimizer.state.items()
-    }
-    return {"state": state, "param_groups": groups}
+        _fill(local_part(tensor), state[name], layout=layout_of(tensor))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Restore what `optimizer_state` returned.
+    """Restore an optimiser from a checkpoint's state, in which tensors are `StoredPieces`.
 
     Raises:
         CheckpointError: the optimiser has other groups, or other parameters in one.
+        DamagedCheckpointError: what was read is not what was written.
     """
-    running = optimizer_state(model, optimizer)
-    _check_groups([g["params"] for g in saved["param_groups"]], [g["params"] for g in running["param_groups"]])
-    params = {name: param for name, param in model.named_parameters()}
-    order = [name for group in running["param_groups"] for name in group["params"]]
+    running = _optimizer_tensors(model, optimizer)["param_groups"]
+    _check_groups([group["params"] for group in saved["param_groups"]], [group["params"] for group in running])
+    params = dict(model.named_parameters())
+    order = [name for group in running for name in group["params"]]
     index = {name: position for position, name in enumerate(order)}
     state = {
-        index[name]: {key: _shaped_like(value, params[name]) for key, value in values.items()}
+        index[name]: {key: _read(value, params[name]) for key, value in values.items()}
         for name, values in saved["state"].items()
     }
     groups = [group | {"params": [index[name] for name in group["params"]]} for group in saved["param_groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    reshard(model)
+    return model.state_dict()
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimiser's state by parameter name, sharded tensors as they are, and its groups with names."""
+    reshard(model)
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    return {
+        "state": {names[id(param)]: dict(values) for param, values in optimizer.state.items()},
+        "param_groups": groups,
+    }
+
+
+def _share_of(rank: int, tensors: Mapping[str, tuple[Tensor, Layout]]) -> dict[str, tuple[Tensor, Layout]]:
+    """Choose the tensors that a rank saves; all ranks that hold a part come to the same choice without asking."""
+    saved_by = {path: layout.holders[0] for path, (_, layout) in tensors.items() if layout.num_replicas == 1}
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for path, (_, layout) in tensors.items():
+        if layout.num_replicas > 1:
+            groups.setdefault(layout.holders, []).append(path)
+    for holders, paths in groups.items():
+        saved_by |= _spread({path: tensors[path][0].nbytes for path in paths}, holders)
+    return {
+        path: (tensor, layout)
+        for path, (tensor, layout) in tensors.items()
+        if saved_by[path] == rank and (tensor.numel() or 0 in layout.global_shape)
+    }
+
+
+def _spread(sizes: Mapping[str, int], holders: Iterable[int]) -> dict[str, int]:
+    """Give each tensor to one holder: the largest first, each to the holder with the fewest bytes so far."""
+    loads = dict.fromkeys(holders, 0)
+    chosen = {}
+    for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
+        holder = min(loads, key=lambda rank: (loads[rank], rank))
+        chosen[path] = holder
+        loads[holder] += sizes[path]
+    return chosen
+
+
+def _fill(target: Tensor, source: StoredPieces, *, layout: Layout) -> None:
+    """Copy this rank's rows of a stored tensor, verified, into their place."""
+    first_row = layout.offset[0] if layout.offset else 0
+    num_rows = target.shape[0] if target.ndim else 1
+    for row, part in source.parts(first_row, num_rows):
+        (target.narrow(0, row, part.shape[0]) if target.ndim else target).copy_(part)
 
 
 def _check_groups(saved: list[list[str]], running: list[list[str]]) -> None:
@@ -93,15 +175,14 @@ def _check_groups(saved: list[list[str]], running: list[list[str]]) -> None:
             raise CheckpointError(f"parameter group {number} of the optimiser is not the saved one: {first} differs")
 
 
-def _shaped_like(value: Any, param: Tensor) -> Any:
-    """Turn a saved local part into what the optimiser keeps for this parameter."""
-    if not isinstance(param, DTensor) or not isinstance(value, Tensor) or value.shape != param.to_local().shape:
+def _read(value: Any, param: Tensor) -> Any:
+    """Read what the optimiser keeps for a parameter: split like it where it has its shape, else whole."""
+    if not isinstance(value, StoredPieces):
         return value
+    if not isinstance(param, DTensor) or value.global_shape != tuple(param.shape):
+        return value.read_all().clone()
+    local = torch.empty(param.to_local().shape, dtype=value.dtype, device=param.device)
+    _fill(local, value, layout=layout_of(param))
     return DTensor.from_local(
-        value.to(param.device),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )

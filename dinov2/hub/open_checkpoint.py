@@ -6,9 +6,7 @@ checksums, when a tensor is read: one tensor is in memory at a time.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +17,6 @@ from dinov2.hub.networks import split_by_network
 from dinov2.hub.open_file import read_torch, torch_file
 from dinov2.hub.stored_tensor import StoredTensor
 from dinov2.hub.weights_file import WeightsFile
-
-_MODEL = "model"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a tensor in one rank's file."""
-
-    rank: int
-    first_row: int
-    rows: Tensor
 
 
 def open_checkpoint(path: Path) -> WeightsFile:
@@ -44,17 +31,20 @@ def open_checkpoint(path: Path) -> WeightsFile:
     """
     folder, name = files.split_path(path)
     try:
-        manifest = files.open_checkpoint(folder, name)
-        contents = [files.open_rank_file(folder, manifest, rank) for rank in range(manifest.world_size)]
+        stored = files.StoredCheckpoint.open(folder, name)
     except files.DamagedCheckpointError as error:
         foreign = _open_foreign(path, folder, name)
         if foreign is not None:
             return foreign
         raise CheckpointError(f"{folder}/{error}{_others(folder, name)}") from error
-    state = {tensor: _assemble(tensor, folder, manifest, contents) for tensor in contents[0]["layout"]}
+    state = {
+        key: StoredTensor(torch.Size(pieces.global_shape), pieces.dtype, functools.partial(_read, pieces, folder, name))
+        for key, pieces in stored.model.items()
+    }
     states, other_parts = split_by_network(state)
-    num_ranks = f"{manifest.world_size} rank" + ("s" if manifest.world_size > 1 else "")
-    extra_keys = (*other_parts, *contents[0]["checkpointables"], *contents[0]["extra"])
+    world_size = stored.manifest.world_size
+    num_ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    extra_keys = (*other_parts, *stored.checkpointable_names, *stored.extra)
     return WeightsFile(str(path), f"training checkpoint ({num_ranks})", states, extra_keys=extra_keys)
 
 
@@ -94,43 +84,11 @@ def _open_foreign(path: Path, folder: Path, name: str) -> WeightsFile | None:
     return None if is_ours else torch_file(file, content)
 
 
-def _assemble(name: str, folder: Path, manifest: files.Manifest, contents: list[dict[str, Any]]) -> StoredTensor:
-    """Describe a whole tensor; of rows that several ranks hold, those of the first are taken."""
-    shape = torch.Size(contents[0]["layout"][name]["global_shape"])
-    parts: dict[int, _Part] = {}
-    for rank, content in enumerate(contents):
-        layout, rows = content["layout"].get(name), content[_MODEL].get(name)
-        if layout is None or rows is None:
-            raise CheckpointError(
-                f"{folder}/{files.rank_file_name(manifest.name, rank)}: has no {name}, which is in the layout of rank 0"
-            )
-        if rank == 0 or (shape and rows.shape[0] > 0):
-            first_row = layout["offset"][0] if shape else 0
-            parts.setdefault(first_row, _Part(rank, first_row, rows))
-    ordered = [parts[first_row] for first_row in sorted(parts)]
-    if not _make_whole(ordered, shape):
-        raise CheckpointError(f"{folder}/{manifest.name}: the parts of {name} do not make the whole {list(shape)}")
-    read = functools.partial(_read, name, folder, manifest, ordered)
-    return StoredTensor(shape, contents[0][_MODEL][name].dtype, read)
-
-
-def _make_whole(parts: list[_Part], shape: torch.Size) -> bool:
-    """Say whether parts follow each other without gap or overlap and end where the whole tensor ends."""
-    if not shape:
-        return [part.rows.shape for part in parts] == [shape]
-    ends = [part.first_row + part.rows.shape[0] for part in parts]
-    return [0, *ends] == [*(part.first_row for part in parts), shape[0]] and all(
-        part.rows.shape[1:] == shape[1:] for part in parts
-    )
-
-
-def _read(name: str, folder: Path, manifest: files.Manifest, parts: list[_Part]) -> Tensor:
-    for part in parts:
-        try:
-            files.check_tensor(manifest, part.rank, f"{_MODEL}/{name}", part.rows)
-        except files.DamagedCheckpointError as error:
-            raise CheckpointError(f"{folder}/{error}{_others(folder, manifest.name)}") from error
-    return parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
+def _read(pieces: files.StoredPieces, folder: Path, name: str) -> Tensor:
+    try:
+        return pieces.read_all()
+    except files.DamagedCheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}{_others(folder, name)}") from error
 
 
 def _others(folder: Path, name: str) -> str:

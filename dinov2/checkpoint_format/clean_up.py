@@ -1,0 +1,50 @@
+"""Removing checkpoints and what is left of unfinished ones, so that a kill at any instant leaves a sound folder."""
+
+import re
+from pathlib import Path
+
+from dinov2.checkpoint_format.manifest import remove_manifest
+from dinov2.checkpoint_format.names import find_checkpoints, split_path
+
+_LEFTOVER = re.compile(r"(.+\.rank_\d+\.pth|.+\.manifest\.json|last_checkpoint\.rank_\d+|best_checkpoint\.json)\.tmp")
+
+
+def remove_checkpoint(folder: Path, name: str) -> None:
+    """Delete a checkpoint, its manifest first."""
+    remove_manifest(folder, name)
+    for path in folder.glob(f"{name}.rank_*.pth"):
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, *, num_ranks: int | None = None) -> None:
+    """Delete what writers that were killed left under temporary names.
+
+    Args:
+        folder: of the run.
+        num_ranks: also delete the tags (`last_checkpoint.rank_3`) of higher ranks, which a run with more had; None
+            leaves them.
+    """
+    for path in folder.glob("*.tmp"):
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    for path in folder.glob("last_checkpoint.rank_*"):
+        rank = path.name.rpartition("_")[2]
+        if num_ranks is not None and rank.isdigit() and int(rank) >= num_ranks:
+            path.unlink(missing_ok=True)
+
+
+def remove_incomplete(folder: Path, *, before_iteration: int | None = None) -> None:
+    """Delete rank files of numbered checkpoints that have no manifest.
+
+    Args:
+        folder: of the run.
+        before_iteration: only those older than this; None removes all, for a start when nothing is being written.
+    """
+    complete = set(find_checkpoints(folder))
+    for path in folder.glob("model_*.rank_*.pth"):
+        name = split_path(path)[1]
+        number = name.removeprefix("model_")
+        if name in complete or not number.isdigit():
+            continue
+        if before_iteration is None or int(number) < before_iteration:
+            path.unlink(missing_ok=True)
