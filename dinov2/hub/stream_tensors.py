@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,22 +33,23 @@ _DIRECTORY_ENTRY = struct.Struct("<4s12xI8xHHH12x")  # signature, CRC32, lengths
 _DATA_DESCRIPTOR = b"PK\x07\x08"  # followed by the CRC32 of the record before it
 
 
-def stream_torch(path: Path, states: Mapping[str, State]) -> None:
-    """Write what `torch.save(states)` writes; a single state under "" is written bare.
+def stream_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what `torch.save(content)` writes.
 
     `torch.save` leaves the tensors' bytes out, which are then filled in together with their checksums.
+
+    Args:
+        path: of the file; one that is there is written over.
+        content: nested dicts and lists of plain values and stored tensors, which are read one after another.
 
     Raises:
         OSError, RuntimeError: the file cannot be written.
     """
-    # Memory that is never touched is never taken.
-    empty = {
-        key: {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()} for key, state in states.items()
-    }
-    tensors = [tensor for state in states.values() for tensor in state.values()]
+    tensors: list[StoredTensor] = []
+    empty = _without_values(content, tensors)
     with path.open("w+b") as file:  # with a name alone, PyTorch would not pass on the system's error
         with torch.serialization.skip_data():
-            torch.save(empty.get("", empty), file)
+            torch.save(empty, file)
         del empty
         with zipfile.ZipFile(file) as archive:
             records = [info for info in archive.infolist() if "/data/" in info.filename]
@@ -83,6 +84,18 @@ def stream_safetensors(path: Path, state: State, *, metadata: Mapping[str, str])
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in ordered.values():
             file.write(_bytes(tensor.read()))
+
+
+def _without_values(value: Any, tensors: list[StoredTensor]) -> Any:
+    """Copy nested data with empty tensors, and collect the stored ones in the order in which they are pickled."""
+    if isinstance(value, StoredTensor):
+        tensors.append(value)
+        return torch.empty(value.shape, dtype=value.dtype)  # memory that is never touched is never taken
+    if isinstance(value, Mapping):
+        return {key: _without_values(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_values(item, tensors) for item in value)
+    return value
 
 
 def _fill(file: BinaryIO, record: zipfile.ZipInfo, tensor: StoredTensor) -> int:

@@ -33,7 +33,7 @@ def write_file(path: Path, states: Mapping[str, State], *, metadata: Mapping[str
         if path.suffix == ".safetensors":
             stream_safetensors(temporary, flat, metadata=metadata)
         else:
-            stream_torch(temporary, states)
+            stream_torch(temporary, states.get("", states))
         _flush(temporary)
 
     flat = {f"{key}.{name}" if key else name: t for key, state in states.items() for name, t in state.items()}

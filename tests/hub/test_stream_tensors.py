@@ -38,12 +38,12 @@ def test_torch_reads_what_was_streamed(tmp_path, mmap):
     assert list(loaded) == ["teacher", "student"] and list(loaded["teacher"]) == list(TENSORS)
     check(loaded["teacher"])
     assert torch.equal(loaded["student"]["x"], TENSORS["weight"])
-    stream_torch(path, {"": STATE})
+    stream_torch(path, STATE)
     check(torch.load(path, weights_only=True, mmap=mmap))
 
 
 def test_the_file_is_laid_out_as_torch_save_does_with_all_checksums(tmp_path):
-    stream_torch(tmp_path / "archive.pth", {"": STATE})
+    stream_torch(tmp_path / "archive.pth", STATE)
     plain = io.BytesIO()
     torch.save({name: tensor.contiguous().clone() for name, tensor in TENSORS.items()}, plain)
     with zipfile.ZipFile(tmp_path / "archive.pth") as streamed, zipfile.ZipFile(plain) as whole:
@@ -96,7 +96,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, write):
     state = {str(index): StoredTensor(torch.Size([num_values]), torch.float32, read) for index in range(16)}
     before = own_memory_kib()
     if write is stream_torch:
-        stream_torch(tmp_path / "x", {"": state})
+        stream_torch(tmp_path / "x", state)
     else:
         stream_safetensors(tmp_path / "x", state, metadata={})
     assert peak - before < 2.5 * 4096  # a tensor has 4096 KiB; the last one lives while the next is read
