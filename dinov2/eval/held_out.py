@@ -38,7 +38,7 @@ def select_sets(train: FeatureSet, val: FeatureSet, test: FeatureSet | None) -> 
     """Give the sets of an evaluation their roles.
 
     Raises:
-        DatasetError: without a test set, the training set is a single image or group.
+        DatasetError: without a test set, no image or group of the training set can be spared.
     """
     train, val = train.labelled(), val.labelled()
     if test is not None:
@@ -54,28 +54,43 @@ def select_sets(train: FeatureSet, val: FeatureSet, test: FeatureSet | None) -> 
     )
 
 
-def held_out(train: FeatureSet, *, share: float = HELD_OUT_SHARE) -> np.ndarray:
-    """Choose the images that are held out, [n] bool: about a share of the groups, at least one, and not all.
+def held_out(train: FeatureSet) -> np.ndarray:
+    """Choose the images that are held out: a fifth of the groups, about, at least one, and not the last of a class.
+
+    Images without a label are not held out.
+
+    Returns:
+        [n] bool.
 
     Raises:
-        DatasetError: there is a single image or group.
+        DatasetError: none can be spared.
     """
-    groups, keys = _units(train)
-    if len(set(keys)) < 2:
-        unit = "image with a label" if train.group_numbers() is None else "group"
-        raise DatasetError(
-            f"{train.name}: a single {unit}, so none can be held out to choose hyper-parameters on; "
-            "name a --test-dataset, then they are chosen on the validation set"
-        )
+    is_labelled = train.targets >= 0
+    units, names = _units(train)
+    kinds = np.unique(np.stack([units, train.targets])[:, is_labelled], axis=1)  # pairs of unit and class
     # datasets are split by the hash of the bare names, which tells nothing apart within their training split
-    salted = [f"held out:{key}" for key in keys]
-    is_out = in_split(salted, "val", val_fraction=share)
-    low, high = 0.0, 1.0
-    while is_out.all() or not is_out.any():  # with a handful of groups: halve until a hash lies apart
-        low, high = (low, share) if is_out.all() else (share, high)
-        share = (low + high) / 2
-        is_out = in_split(salted, "val", val_fraction=share)
-    return is_out[groups]
+    salted = np.array([f"held out:{name}" for name in names], dtype=object)
+    is_out = _spare(in_split(salted, "val", val_fraction=HELD_OUT_SHARE), kinds)
+    for unit in salted.argsort():
+        if is_out[kinds[0]].any():
+            break
+        is_out = _spare(np.arange(len(names)) == unit, kinds)
+    if not is_out[kinds[0]].any():
+        what = "images" if train.group_numbers() is None else "groups"
+        raise DatasetError(
+            f"{train.name}: its {len(np.unique(kinds[0]))} {what} with labels are too few to hold some of them out and "
+            "keep all classes; name a --test-dataset, then hyper-parameters are chosen on the validation set"
+        )
+    return is_out[units] & is_labelled
+
+
+def _spare(is_out: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Take back the units that have images of a class of which no others are left."""
+    units, classes = kinds
+    left = classes[~is_out[units]]
+    spared = is_out.copy()
+    spared[units[~np.isin(classes, left)]] = False
+    return spared
 
 
 def _units(train: FeatureSet) -> tuple[np.ndarray, list[str]]:

@@ -50,15 +50,29 @@ def test_two_groups_are_split_one_to_one(number):
     assert is_out.tolist() in ([True] * 3 + [False] * 3, [False] * 3 + [True] * 3)
 
 
-def test_a_single_group_is_refused():
+def test_every_class_keeps_images_to_be_fitted_on():
+    targets = [0] * 50 + [1] * 50 + list(range(2, 12)) * 2
+    groups = [f"part {n}" for n in range(110)] + [f"other {n}" for n in range(10)]
+    train = features(120, targets=targets, groups=groups)
+    is_out = held_out(train)
+    assert is_out.any() and set(train.targets[~is_out]) == set(range(12))
+
+
+def test_images_without_a_label_stay():
+    train = features(200, targets=[-1, 0, -1, 1] * 50)
+    is_out = held_out(train)
+    assert is_out.any() and (train.targets[is_out] >= 0).all()
+
+
+def test_what_cannot_be_spared_is_refused():
     with pytest.raises(DatasetError) as caught:
         held_out(features(4, groups=["slide 1"] * 4))
     assert str(caught.value) == (
-        "Photos:split=TRAIN: a single group, so none can be held out to choose hyper-parameters on; "
-        "name a --test-dataset, then they are chosen on the validation set"
+        "Photos:split=TRAIN: its 1 groups with labels are too few to hold some of them out and keep all classes; name a "
+        "--test-dataset, then hyper-parameters are chosen on the validation set"
     )
-    with pytest.raises(DatasetError, match="a single image with a label"):
-        held_out(features(1))
+    with pytest.raises(DatasetError, match="its 2 images with labels are too few"):
+        held_out(features(2))
 
 
 def test_roles_without_a_test_set():
