@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dinov2.errors import CheckpointError, DatasetError
+from dinov2.eval.columns import label_texts, require_texts, text_column
 from dinov2.eval.feature_set import FeatureSet
-from dinov2.eval.protocol_forms import TARGET, Level, Protocol
+from dinov2.eval.protocol_forms import Level, Protocol
 
 _SHOWN = 3  # values named in a sentence
 _BETWEEN = " + "  # several values of a profile in one text
@@ -63,8 +64,9 @@ def take_images(features: FeatureSet, protocol: Protocol, *, also: Mapping[str, 
         CheckpointError: features are not finite.
     """
     needed = protocol.columns() | dict(also or {})
-    columns = {name: _column(features, name, needed_by=key, protocol=protocol) for name, key in needed.items()}
-    labels = _target_names(features) if protocol.label == TARGET else columns[protocol.label]
+    needed = {name: f"protocol {protocol.name} ({key})" for name, key in needed.items()}
+    columns = {name: text_column(features, name, needed_by=what) for name, what in needed.items()}
+    labels = label_texts(features, protocol.label, needed_by=f"protocol {protocol.name}")
     is_control = np.zeros(len(features), dtype=bool)
     if protocol.controls is not None:
         column, wanted = protocol.controls
@@ -86,50 +88,17 @@ def take_images(features: FeatureSet, protocol: Protocol, *, also: Mapping[str, 
         places=features.places,
     )
     images = images if np.array_equal(rows, np.arange(len(images))) else images.take(rows)
-    _require_values(images, needed, protocol=protocol)
+    for column, what in needed.items():
+        texts = images.columns[column][~images.is_control]
+        require_texts(texts, name=images.name, column=column, needed_by=what)
     _require_finite(images.values, name=features.name)
     return images
-
-
-def _column(features: FeatureSet, name: str, *, needed_by: str, protocol: Protocol) -> np.ndarray:
-    """Return a column as texts."""
-    if name not in features.columns:
-        known = ", ".join(sorted(features.columns)) or "none"
-        raise DatasetError(
-            f"{features.name} has no column {name!r}, which protocol {protocol.name} needs ({needed_by}); its columns "
-            f"are {known}"
-        )
-    return np.char.strip(np.asarray(features.columns[name]).astype(str))
-
-
-def _target_names(features: FeatureSet) -> np.ndarray:
-    """Name the label of each image, "" without one."""
-    numbers = np.unique(features.targets)
-    names = {int(label): _class_name(features, int(label)) for label in numbers}
-    return np.array([names[int(label)] for label in numbers], dtype=str)[np.searchsorted(numbers, features.targets)]
-
-
-def _class_name(features: FeatureSet, label: int) -> str:
-    if label < 0:
-        return ""
-    return features.class_names[label] if label < len(features.class_names) else str(label)
 
 
 def _order(features: FeatureSet) -> np.ndarray:
     """Return the rows in the order of the paths; as they are if the dataset tells no paths."""
     paths = features.columns.get("path")
     return np.arange(len(features)) if paths is None else np.argsort(np.asarray(paths), kind="stable")
-
-
-def _require_values(images: Images, needed: Mapping[str, str], *, protocol: Protocol) -> None:
-    """Refuse images that are classified and lack a value: they would be compared with what they must not be."""
-    for name, key in needed.items():
-        missing = int(((images.columns[name] == "") & ~images.is_control).sum())
-        if missing:
-            raise DatasetError(
-                f"{images.name}: {missing} of {len(images)} images have no {name}, which protocol {protocol.name} "
-                f"needs ({key}); fill the column in, or leave these images out"
-            )
 
 
 def _require_finite(values: Tensor, *, name: str) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 
 from dinov2.data.names import nearest
 from dinov2.errors import ConfigError
+from dinov2.eval.columns import TARGET
 
-TARGET = "target"  # as a label column: the labels of the dataset
 STATISTICS = ("mean", "median")
 _EXAMPLE = "write it as leave-one-group-out:column=plate"
 

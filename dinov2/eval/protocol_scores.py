@@ -70,6 +70,11 @@ class Scored:
             paths=self.profiles.names,
         )
 
+    @property
+    def num_wholes(self) -> int:
+        """Number of profiles, those counted once that were split."""
+        return len(np.unique(self.wholes))
+
     def accuracy_pct(self) -> float:
         """Percent of the profiles that are right; one of several parts counts with the share of its parts."""
         return _mean_of_means(self.is_right, self.wholes)
@@ -333,10 +338,9 @@ def _logistic(values: Tensor, targets: Tensor, codes: Tensor, *, c: float, num_c
 def details_of(scored: Scored) -> dict[str, Any]:
     """Settle for the results file what was compared with what, and the scores of every compound, plate or group."""
     protocol = scored.protocol
-    num_wholes = len(np.unique(scored.wholes))
     return {
         "protocol": str(protocol),
-        "num_profiles": num_wholes,
+        "num_profiles": scored.num_wholes,
         "num_images": int(sum(len(rows) for rows in scored.profiles.members)),
         "labels": list(scored.class_names),
         "labels_left_out": list(scored.left_out),

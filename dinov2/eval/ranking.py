@@ -57,7 +57,7 @@ def rank_all(
 
     Yields:
         (rows of `queries`, similarities [q, G] float64, largest first, places in the gallery [q, G] int64); members
-        that are excluded stand last, with similarity -inf.
+        that are excluded stand last, with similarity -inf and place 0.
     """
     for rows, keys, packing in _blocks(queries, gallery, excluded=excluded, device=device, num_kept=len(gallery)):
         yield rows, *_unpack(keys.sort(dim=1, descending=True).values, packing)
@@ -125,6 +125,7 @@ def _blocks(
 
 
 def _unpack(keys: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Return similarities, -inf for members that are excluded, and places."""
+    """Return similarities and places; -inf and 0 for members that are excluded."""
     similarities, places = packing.unpack(keys)
-    return similarities.masked_fill_(keys == NOTHING, -torch.inf), places
+    is_excluded = keys == NOTHING
+    return similarities.masked_fill_(is_excluded, -torch.inf), places.masked_fill_(is_excluded, 0)

@@ -215,16 +215,16 @@ def test_predictions_have_the_compound_as_group():
 
 def test_missing_columns_and_values_are_named():
     assert sentence(DatasetError, NSCB, moa_features(batch=None)) == (
-        "CELLS has no column 'batch', which protocol nscb needs (exclude=batch); its columns are compound, "
+        "CELLS has no column 'batch', which protocol nscb (exclude=batch) needs; its columns are compound, "
         "concentration, moa, path, plate, treatment, well"
     )
-    assert "no column 'plate', which protocol nsc needs (aggregate=mean@plate/well)" in sentence(
+    assert "no column 'plate', which protocol nsc (aggregate=mean@plate/well) needs" in sentence(
         DatasetError, NSC, moa_features(plate=None)
     )
     batches = moa_features().columns["batch"].copy()
     batches[:3] = ""
     assert sentence(DatasetError, NSCB, moa_features(batch=batches)) == (
-        "CELLS: 3 of 48 images have no batch, which protocol nscb needs (exclude=batch); fill the column in, or leave "
+        "CELLS: 3 of 36 images have no batch, which protocol nscb (exclude=batch) needs; fill the column in, or leave "
         "these images out"
     )
     nothing = np.full(48, "")

@@ -1,0 +1,10 @@
+"""Most similar images, recall at k and mAP; see `dinov2/eval/retrieval.py`, and --help for the options."""
+
+import sys
+
+from dinov2.eval.retrieval import main
+from dinov2.logging import end_program
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the user's dataset classes lie in the current folder
+    end_program(main())
