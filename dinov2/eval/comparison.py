@@ -163,7 +163,7 @@ def _stack(value: Found, reference: Found) -> Found:
     if isinstance(value, Predictions):
         fields = ("targets", "scores", "places")
         stacked = {field: np.concatenate([getattr(value, field), getattr(reference, field)]) for field in fields}
-        return replace(value, **stacked, groups=None, paths=None)
+        return replace(value, **stacked, groups=None, paths=None, columns={})
     values = {name: np.concatenate([value.values[name], reference.values[name]]) for name in value.values}
     places = np.concatenate([value.places, reference.places])
     return replace(value, values=values, places=places, groups=None, paths=None)

@@ -78,8 +78,8 @@ def held_out(train: FeatureSet) -> np.ndarray:
     if not is_out[kinds[0]].any():
         what = "images" if train.group_numbers() is None else "groups"
         raise DatasetError(
-            f"{train.name}: its {len(np.unique(kinds[0]))} {what} with labels are too few to hold some of them out and "
-            "keep all classes; name a --test-dataset, then hyper-parameters are chosen on the validation set"
+            f"{train.name}: its {what} with labels, {len(np.unique(kinds[0]))}, are too few to hold some of them out "
+            "and keep all classes; name a --test-dataset, then hyper-parameters are chosen on the validation set"
         )
     return is_out[units] & is_labelled
 

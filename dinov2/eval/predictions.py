@@ -4,12 +4,13 @@ Shapes: M images, C classes of the training set.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.groups import Groups, match_groups
 from dinov2.eval.labels import LabelledSet
 from dinov2.eval.neighbours import num_better_classes
@@ -33,19 +34,50 @@ class Predictions:
     places: np.ndarray  # [M] int64, place of the image in the dataset
     groups: np.ndarray | None = None  # [M] any numbers for the group of each image; None: every image stands alone
     paths: np.ndarray | None = None  # [M] str; None if the dataset does not tell
+    columns: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # [M] each: group, plate, ... for the table of files
+    rows: str = "images"  # what the rows are
 
     def __post_init__(self) -> None:
         num_images, num_classes = self.scores.shape
-        for field in ("targets", "places", "groups", "paths"):
-            values = getattr(self, field)
+        arrays = {name: getattr(self, name) for name in ("targets", "places", "groups", "paths")}
+        for name, values in (arrays | dict(self.columns)).items():
             if values is not None and values.shape != (num_images,):
-                raise ValueError(f"{field} has shape {values.shape} but there are scores of {num_images} images")
+                raise ValueError(f"{name} has shape {values.shape} but there are scores of {num_images} images")
         if len(self.class_names) != num_classes:
             raise ValueError(f"{len(self.class_names)} class names for scores of {num_classes} classes")
         if num_images and not (self.targets.min() >= -1 and self.targets.max() < num_classes):
             raise ValueError(f"targets must be -1 .. {num_classes - 1}")
         if not np.isfinite(self.scores).all() or (self.scores < 0).any() or not (self.scores.sum(axis=1) > 0).all():
             raise ValueError("scores must be finite, at least 0 and above 0 for one class of each image")
+
+    @classmethod
+    def for_images(
+        cls, images: FeatureSet, *, targets: np.ndarray, scores: np.ndarray, class_names: Sequence[str]
+    ) -> "Predictions":
+        """Wrap scores for the labelled images of a set.
+
+        Args:
+            images: of the set; those without a label are left out here.
+            targets: class of each labelled image, [M], -1 if the training set lacks it.
+            scores: [M, C].
+            class_names: of classes 0 .. C-1.
+        """
+        rows = np.flatnonzero(images.targets >= 0)
+        labels, groups, columns = images.targets[rows], images.group_numbers(), dict(images.columns)
+        paths = columns.pop("path", None)
+        names = np.array(images.class_names)[labels] if images.class_names else labels
+        return cls(
+            name=images.name,
+            targets=targets,
+            scores=scores,
+            class_names=tuple(class_names),
+            places=images.places[rows],
+            groups=None if groups is None else groups[rows],
+            paths=None if paths is None else np.asarray(paths)[rows],
+            columns={name: np.asarray(values)[rows] for name, values in columns.items()} | {"target": names},
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -71,10 +103,10 @@ class Predictions:
     def take(self, rows: np.ndarray) -> "Predictions":
         """Keep some images, given as a mask or as row numbers."""
         kept = {
-            field: None if getattr(self, field) is None else getattr(self, field)[rows]
-            for field in ("targets", "scores", "places", "groups", "paths")
+            name: None if getattr(self, name) is None else getattr(self, name)[rows]
+            for name in ("targets", "scores", "places", "groups", "paths")
         }
-        return replace(self, **kept)
+        return replace(self, **kept, columns={name: values[rows] for name, values in self.columns.items()})
 
     def by_group(self) -> "Predictions | None":
         """Score each group as a whole, by the mean of its images' scores scaled to sum to 1.
@@ -95,7 +127,7 @@ class Predictions:
         np.add.at(sums, numbers, np.rint(self.shares()[rows] * _STEPS).astype(np.int64))
         first = rows[np.unique(numbers, return_index=True)[1]]
         sizes = np.bincount(numbers)[:, None]
-        return replace(self.take(first), targets=groups.classes, scores=sums / (sizes * _STEPS))
+        return replace(self.take(first), targets=groups.classes, scores=sums / (sizes * _STEPS), rows="groups")
 
     def group_notes(self) -> Sequence[str]:
         """Say which groups `by_group` leaves out, one sentence each."""
@@ -120,15 +152,16 @@ class Measurements:
     places: np.ndarray  # [M] int64, place of the image in the dataset
     groups: np.ndarray | None = None  # [M] any numbers for the group of each image; None: every image stands alone
     paths: np.ndarray | None = None  # [M] str; None if the dataset does not tell
+    rows: str = "images"  # what the rows are
 
     def __post_init__(self) -> None:
         arrays = {"groups": self.groups, "paths": self.paths, **self.values}
-        for field, values in arrays.items():
+        for name, values in arrays.items():
             if values is not None and values.shape != self.places.shape:
-                raise ValueError(f"{field} has shape {values.shape} but there are {len(self)} places")
-        for field, values in self.values.items():
+                raise ValueError(f"{name} has shape {values.shape} but there are {len(self)} places")
+        for name, values in self.values.items():
             if not (np.isnan(values) | ((values >= 0) & (values <= 1))).all():
-                raise ValueError(f"{field} must lie in 0..1, or be nan")
+                raise ValueError(f"{name} must lie in 0..1, or be nan")
 
     def __len__(self) -> int:
         return len(self.places)
@@ -136,8 +169,8 @@ class Measurements:
     def take(self, rows: np.ndarray) -> "Measurements":
         """Keep some images, given as a mask or as row numbers."""
         kept = {
-            field: None if getattr(self, field) is None else getattr(self, field)[rows]
-            for field in ("places", "groups", "paths")
+            name: None if getattr(self, name) is None else getattr(self, name)[rows]
+            for name in ("places", "groups", "paths")
         }
         return replace(self, values={name: values[rows] for name, values in self.values.items()}, **kept)
 

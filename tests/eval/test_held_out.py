@@ -68,10 +68,10 @@ def test_what_cannot_be_spared_is_refused():
     with pytest.raises(DatasetError) as caught:
         held_out(features(4, groups=["slide 1"] * 4))
     assert str(caught.value) == (
-        "Photos:split=TRAIN: its 1 groups with labels are too few to hold some of them out and keep all classes; name a "
-        "--test-dataset, then hyper-parameters are chosen on the validation set"
+        "Photos:split=TRAIN: its groups with labels, 1, are too few to hold some of them out and keep all classes; "
+        "name a --test-dataset, then hyper-parameters are chosen on the validation set"
     )
-    with pytest.raises(DatasetError, match="its 2 images with labels are too few"):
+    with pytest.raises(DatasetError, match="its images with labels, 2, are too few"):
         held_out(features(2))
 
 
