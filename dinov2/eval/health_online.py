@@ -17,22 +17,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from dinov2.configs import Config
-from dinov2.distributed import all_gather_varlen, on_main_first
+from dinov2.distributed import all_gather_varlen
 from dinov2.eval.build import NamedDataset, compute_dtype
 from dinov2.eval.extraction import Features, extract_local_features
-from dinov2.eval.health_measures import (
-    alignment,
-    effective_rank,
-    neighbour_overlap_pct,
-    rankme,
-    singular_values,
-)
-from dinov2.eval.health_pairs import compare_pairs, neighbours_within
+from dinov2.eval.health_measures import alignment, neighbour_overlap_pct
+from dinov2.eval.health_pairs import neighbours_within
+from dinov2.eval.health_scores import measure
 from dinov2.eval.health_views import TwoViews, choose_images
 
 logger = logging.getLogger(__name__)
 
 NUM_NEIGHBOURS = 10
+_RECORDED = ("rankme", "effective_rank", "uniformity")  # each step of training records feature_std
 _SHARE_OF_VIEWS = 4  # every so-manieth image of the sample is also seen in two views
 
 
@@ -151,7 +147,8 @@ class OnlineHealth:
         if len(sample.places) < 2:
             logger.warning("%s: fewer than 2 images can be read, too few for measures", sample.dataset)
             return {}, sample
-        scores = self._measure(sample)
+        measured = measure(sample.values, device=self._device).scores
+        scores = {name: measured[name] for name in _RECORDED}
         views = Subset(self._images.dataset, self._places[::_SHARE_OF_VIEWS].tolist())
         features = extract_local_features(TwoViews(backbone), views, **self._extraction)
         scores["alignment"] = alignment(*_in_order(features).chunk(2, dim=1))
@@ -168,10 +165,6 @@ class OnlineHealth:
             places = all_gather_varlen(local.indices).sort().values.numpy()
         return SampleFeatures(dataset=self._images.name, places=places, values=_in_order(local))
 
-    def _measure(self, sample: SampleFeatures) -> dict[str, float]:
-        ranks = on_main_first(_ranks, sample.values)
-        return ranks | {"uniformity": compare_pairs(sample.values, device=self._device).uniformity}
-
     def _overlap(self, sample: SampleFeatures, start: SampleFeatures | None) -> float | None:
         """Compare the neighbours of the images that both have; None where there are too few, or of another set."""
         if start is None or start.dataset != sample.dataset:
@@ -184,13 +177,6 @@ class OnlineHealth:
             neighbours_within(values, num_neighbours=NUM_NEIGHBOURS, device=self._device) for values in of_both
         )
         return neighbour_overlap_pct(now, before)
-
-
-def _ranks(values: Tensor) -> dict[str, float]:
-    return {
-        "rankme": rankme(singular_values(values, is_centred=False)),
-        "effective_rank": effective_rank(singular_values(values, is_centred=True)),
-    }
 
 
 def _in_order(features: Features) -> Tensor:
