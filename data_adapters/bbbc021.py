@@ -186,7 +186,7 @@ class BBBC021(ExtendedVisionDataset):
             members = {name: np.flatnonzero(plates.codes == code) for code, name in enumerate(plates.categories)}
         shared = SharedWindows(
             read=lambda index: self._open(index).planes(),
-            files=self._paths,
+            files=self.image_files,
             settings=(self._scaling, *self.channel_names, *(self._file_channels or ())),
             percentiles=self._percentiles,
             sample_size=sample_size,
@@ -195,7 +195,7 @@ class BBBC021(ExtendedVisionDataset):
         found = shared.find({f"plate {name}" if name else "the dataset": rows for name, rows in members.items()})
         return dict(zip(members, found, strict=True))
 
-    def _paths(self, index: int) -> list[str]:
+    def image_files(self, index: int) -> list[str]:
         """Return the files of an image."""
         return [os.path.join(self.root, os.fsdecode(files[index])) for files in self._files]
 

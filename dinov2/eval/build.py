@@ -37,19 +37,23 @@ def build_datasets(cfg: Config) -> tuple[NamedDataset, NamedDataset]:
         ConfigError: a set is not named, or its string is wrong.
         DatasetError: its files are missing, or both sets have images of one group.
     """
-    knn, transform = cfg.evaluation.knn, build_eval_transform(cfg)
-    train = _open("train_dataset_path", knn.train_dataset_path, cfg=cfg, transform=transform)
-    val = _open("val_dataset_path", knn.val_dataset_path, cfg=cfg, transform=transform)
+    train = _open("train_dataset_path", cfg.evaluation.knn.train_dataset_path, cfg=cfg)
+    val = _open("val_dataset_path", cfg.evaluation.knn.val_dataset_path, cfg=cfg)
     _require_separate(train, val)
     return train, val
 
 
 def build_eval_transform(cfg: Config) -> Callable[[Any], torch.Tensor]:
     """Build the deterministic preprocessing of images for evaluations."""
+    return make_classification_eval_transform(**describe_preprocessing(cfg))
+
+
+def describe_preprocessing(cfg: Config) -> dict[str, Any]:
+    """Return the arguments of the preprocessing: all that the config says about it."""
     knn, augmentation = cfg.evaluation.knn, cfg.augmentation
     size = knn.image_size_px or cfg.crops.global_crops_size
     mean, std = normalization(cfg.student.in_chans, mean=augmentation.mean, std=augmentation.std)
-    return make_classification_eval_transform(round(size * knn.resize_ratio), size, mean, std)
+    return {"resize_size": round(size * knn.resize_ratio), "crop_size": size, "mean": mean, "std": std}
 
 
 def _require_separate(train: NamedDataset, val: NamedDataset) -> None:
@@ -67,27 +71,49 @@ def _require_separate(train: NamedDataset, val: NamedDataset) -> None:
         require_disjoint_groups(*groups, names=(train.name, val.name))
 
 
-def _open(key: str, dataset_str: str | None, *, cfg: Config, transform: Any) -> NamedDataset:
+def _open(key: str, dataset_str: str | None, *, cfg: Config) -> NamedDataset:
     option = "--" + key.removesuffix("_path").replace("_", "-")
     if not dataset_str:
         raise ConfigError(
             f"evaluation.knn.{key} ({option}) is not set; name labelled images, e.g. ImageFolder:root=photos"
         )
+    return open_eval_dataset(cfg, dataset_str)
+
+
+def open_eval_dataset(cfg: Config, dataset_str: str) -> NamedDataset:
+    """Open a dataset with the deterministic transform of evaluations.
+
+    Raises:
+        ConfigError: its string is wrong.
+        DatasetError: its files are missing.
+    """
     dataset = make_dataset(
         dataset_str,
         channels=cfg.student.in_chans,
         cache_dir=cfg.data.cache_dir or str(Path(cfg.train.output_dir) / "cache"),
         max_image_pixels=cfg.data.max_image_pixels,
-        transform=transform,
+        transform=build_eval_transform(cfg),
     )
     return NamedDataset(dataset_str, dataset)
 
 
 def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> Backbone:
     """Build the backbone that the config describes, initialised; with stochastic depth only where it is asked for."""
+    student, network = cfg.student, describe_network(cfg)
+    if student.is_resnet:
+        return build_model(**network, sync_batchnorm=student.sync_batchnorm)
+    return build_model(
+        **network,
+        drop_path_rate=drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
+    )
+
+
+def describe_network(cfg: Config) -> dict[str, Any]:
+    """Return the arguments of `build_model` that the features of given weights depend on."""
     student = cfg.student
     if student.is_resnet:
-        return build_model(student.arch, in_chans=student.in_chans, sync_batchnorm=student.sync_batchnorm)
+        return {"arch": student.arch, "in_chans": student.in_chans}
     rope = {
         f"pos_embed_rope_{name}": getattr(student, f"pos_embed_rope_{name}")
         for name in (
@@ -101,33 +127,30 @@ def build_backbone(cfg: Config, *, drop_path_rate: float = 0.0) -> Backbone:
             "dtype",
         )
     }
-    return build_model(
-        student.arch,
-        embed_dim=student.embed_dim,
-        depth=student.depth,
-        num_heads=student.num_heads,
-        mlp_ratio=student.ffn_ratio,
-        img_size=cfg.crops.global_crops_size,
-        patch_size=student.patch_size,
-        in_chans=student.in_chans,
-        drop_path_rate=drop_path_rate,
-        drop_path_uniform=student.drop_path_uniform,
-        init_values=student.layerscale,
-        ffn_layer=student.ffn_layer,
-        qkv_bias=student.qkv_bias,
-        proj_bias=student.proj_bias,
-        ffn_bias=student.ffn_bias,
-        num_register_tokens=student.num_register_tokens,
-        interpolate_antialias=student.interpolate_antialias,
-        interpolate_offset=student.interpolate_offset,
-        attention_backend=student.attention_backend,
-        norm_layer=student.norm_layer,
-        mask_k_bias=student.mask_k_bias,
-        untie_cls_and_patch_norms=student.untie_cls_and_patch_norms,
-        untie_global_and_local_cls_norm=student.untie_global_and_local_cls_norm,
-        pos_embed_type=student.pos_embed_type,
-        **rope,
-    )
+    return {
+        "arch": student.arch,
+        "embed_dim": student.embed_dim,
+        "depth": student.depth,
+        "num_heads": student.num_heads,
+        "mlp_ratio": student.ffn_ratio,
+        "img_size": cfg.crops.global_crops_size,
+        "patch_size": student.patch_size,
+        "in_chans": student.in_chans,
+        "init_values": student.layerscale,
+        "ffn_layer": student.ffn_layer,
+        "qkv_bias": student.qkv_bias,
+        "proj_bias": student.proj_bias,
+        "ffn_bias": student.ffn_bias,
+        "num_register_tokens": student.num_register_tokens,
+        "interpolate_antialias": student.interpolate_antialias,
+        "interpolate_offset": student.interpolate_offset,
+        "attention_backend": student.attention_backend,
+        "norm_layer": student.norm_layer,
+        "mask_k_bias": student.mask_k_bias,
+        "untie_cls_and_patch_norms": student.untie_cls_and_patch_norms,
+        "untie_global_and_local_cls_norm": student.untie_global_and_local_cls_norm,
+        "pos_embed_type": student.pos_embed_type,
+    } | rope
 
 
 def load_frozen_backbone(cfg: Config, weights: str, *, checkpoint_key: str, device: torch.device) -> Backbone:
@@ -156,3 +179,13 @@ def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
         return torch.float32
     has_bf16 = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def extraction_settings(cfg: Config, *, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `extract_local_features` that the config holds."""
+    return {
+        "batch_size": cfg.evaluation.knn.batch_size,
+        "num_workers": cfg.train.num_workers,
+        "dtype": compute_dtype(cfg, device=device),
+        "on_bad_image": cfg.train.on_bad_image,
+    }
