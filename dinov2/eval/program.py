@@ -9,50 +9,24 @@ A program brings what is its own: options, the pool of features it wants, and ho
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from dinov2 import distributed
 from dinov2.configs import Config
-from dinov2.distributed.environment import Environment
 from dinov2.errors import ConfigError
-from dinov2.eval.build import build_datasets
+from dinov2.eval.build import build_datasets, open_eval_dataset, require_separate
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.options import config_from_options, get_args_parser, make_output_dir
-from dinov2.eval.predictions import Predictions
-from dinov2.eval.results import write_results
+from dinov2.eval.outcome import Inputs, Outcome
+from dinov2.eval.write_report import write_report
 from dinov2.logging import run_program, setup_logging
 
+__all__ = ["Inputs", "Outcome", "add_program_options", "run_evaluation"]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a program fits and scores; called with the same on every rank."""
-
-    cfg: Config
-    args: argparse.Namespace
-    env: Environment
-    train: FeatureSet
-    val: FeatureSet  # the same object as `train` where both options name one set
-    test: FeatureSet | None  # None without --test-dataset
-    weights: str  # those of these features: of --pretrained-weights or --compare-to
-    checkpoint_key: str
-    output_dir: Path
-    is_reference: bool = False  # the weights are those of --compare-to
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a program found; rank 0's is reported."""
-
-    predictions: Predictions | None  # for the reported set; metrics, intervals and the comparison come from them
-    further: Mapping[str, Predictions] = field(default_factory=dict)  # the same under a prefix: `nscb_top1_pct`
-    named_scores: Mapping[str, float] = field(default_factory=dict)  # the program's own, percent
-    table: str = ""  # the program's own lines for the screen
-    details: Mapping[str, Any] = field(default_factory=dict)  # settings and findings for the results file, as JSON
 
 
 def run_evaluation(
@@ -92,7 +66,7 @@ def run_evaluation(
             args.train_dataset = args.train_dataset or args.val_dataset
         _check_program_options(args)
         check_options(args)
-        return _run(args, name=name, pool_of=pool_of, fit_and_score=fit_and_score)
+        return _run(args, name=name, pool_of=pool_of, fit_and_score=fit_and_score, needs_train=needs_train)
 
     return run_program(body, argv)
 
@@ -130,11 +104,18 @@ def add_program_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resamples behind each interval and p-value; 0: none; default: 1000",
     )
+    parser.add_argument(
+        "--with-shares",
+        action="store_true",
+        help="write the shares of all classes into predictions_*.csv, not only the largest; default: no",
+    )
 
 
 def _check_program_options(args: argparse.Namespace) -> None:
     if args.num_bootstrap != 0 and args.num_bootstrap < 100:
         raise ConfigError(f"--num-bootstrap {args.num_bootstrap}: must be at least 100, or 0 for no intervals")
+    if args.compare_to and not args.num_bootstrap:
+        raise ConfigError("--num-bootstrap 0: --compare-to needs resamples for its intervals; use at least 100")
     if args.compare_to_checkpoint_key and not args.compare_to:
         raise ConfigError("--compare-to-checkpoint-key is given without --compare-to; name the weights to compare to")
 
@@ -145,48 +126,33 @@ def _run(
     name: str,
     pool_of: Callable[[Config, argparse.Namespace], str],
     fit_and_score: Callable[[Inputs], Outcome],
+    needs_train: bool,
 ) -> int:
     cfg = config_from_options(args)
     pool = pool_of(cfg, args)
     env = distributed.init(cfg.compute_precision.device)
     try:
-        output_dir = Path(args.output_dir)
         distributed.on_main_first(make_output_dir, args.output_dir)
-        setup_logging(output_dir, rank=env.rank)
+        setup_logging(args.output_dir, rank=env.rank)
         for note in (*cfg.notes, *cfg.refusals):  # what training refuses does not matter here, but may surprise
             logger.info("%s", note)
-        distributed.on_every_rank(lambda: build_datasets(cfg))
+        distributed.on_every_rank(lambda: _check_sets(cfg, args.test_dataset, needs_train=needs_train))
+        names = {
+            "train": cfg.evaluation.knn.train_dataset_path,
+            "val": cfg.evaluation.knn.val_dataset_path,
+            "test": args.test_dataset,
+        }
 
         def evaluate(weights: str, checkpoint_key: str, *, is_reference: bool) -> tuple[Inputs, Outcome]:
-            sets = {
-                part: cached_features(
-                    cfg,
-                    weights=weights,
-                    checkpoint_key=checkpoint_key,
-                    dataset=dataset,
-                    pool=pool,
-                    dtype=args.features_dtype,
-                    features_dir=args.features_dir or output_dir / "features",
-                    device=env.device,
-                    show_progress=True,
-                )
-                for part, dataset in {
-                    "train": cfg.evaluation.knn.train_dataset_path,
-                    "val": cfg.evaluation.knn.val_dataset_path,
-                    "test": args.test_dataset,
-                }.items()
-                if dataset is not None
-            }
+            settings = {"weights": weights, "checkpoint_key": checkpoint_key, "pool": pool, "device": env.device}
             inputs = Inputs(
                 cfg=cfg,
                 args=args,
                 env=env,
-                train=sets["train"],
-                val=sets["val"],
-                test=sets.get("test"),
+                **_features_of(cfg, names, args=args, **settings),
                 weights=weights,
                 checkpoint_key=checkpoint_key,
-                output_dir=output_dir,
+                output_dir=Path(args.output_dir),
                 is_reference=is_reference,
             )
             return inputs, distributed.on_every_rank(lambda: fit_and_score(inputs))
@@ -196,15 +162,53 @@ def _run(
         if args.compare_to:
             key = args.compare_to_checkpoint_key or args.checkpoint_key
             reference = evaluate(args.compare_to, key, is_reference=True)
-        distributed.on_main_first(_report, name, inputs, outcome, reference)
+        distributed.on_main_first(write_report, name, inputs, outcome, reference)
         return 0
     finally:
         distributed.shutdown()
 
 
-def _report(name: str, inputs: Inputs, outcome: Outcome, reference: tuple[Inputs, Outcome] | None) -> None:
-    """Write the result files and print the table; for rank 0."""
-    path = inputs.output_dir / f"results_eval_{name}.json"
-    write_results(path, {**outcome.named_scores, **outcome.details})
-    print(outcome.table)
-    logger.info("results=%s", path)
+def _check_sets(cfg: Config, test_name: str | None, *, needs_train: bool) -> None:
+    """Open the sets, to find out what is wrong with them before features are computed."""
+    val_name = cfg.evaluation.knn.val_dataset_path
+    if needs_train:
+        train, val = build_datasets(cfg)
+    elif not val_name:
+        raise ConfigError(
+            "evaluation.knn.val_dataset_path (--val-dataset) is not set; name images, e.g. ImageFolder:root=photos"
+        )
+    else:
+        train = val = open_eval_dataset(cfg, val_name)
+    if test_name:
+        test = open_eval_dataset(cfg, test_name)
+        for other in dict.fromkeys((train, val)):
+            require_separate(other, test)
+
+
+def _features_of(
+    cfg: Config,
+    names: Mapping[str, str | None],
+    *,
+    args: argparse.Namespace,
+    weights: str,
+    checkpoint_key: str,
+    pool: str,
+    device: torch.device,
+) -> dict[str, FeatureSet | None]:
+    """Find or compute the features of the named sets; sets of one name are one object."""
+    found = {
+        name: cached_features(
+            cfg,
+            weights=weights,
+            checkpoint_key=checkpoint_key,
+            dataset=name,
+            pool=pool,
+            dtype=args.features_dtype,
+            features_dir=args.features_dir or Path(args.output_dir) / "features",
+            device=device,
+            show_progress=True,
+        )
+        for name in dict.fromkeys(names.values())
+        if name
+    }
+    return {part: found[name] if name else None for part, name in names.items()}
