@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from dinov2.configs import Config
 from dinov2.distributed import all_gather_varlen
-from dinov2.eval.build import NamedDataset, compute_dtype
+from dinov2.eval.build import NamedDataset, extraction_settings
 from dinov2.eval.extraction import Features, extract_local_features
 from dinov2.eval.health_measures import alignment, neighbour_overlap_pct
 from dinov2.eval.health_pairs import neighbours_within
@@ -79,7 +79,7 @@ class OnlineHealth:
     Args:
         images: those to draw the sample from, as tensors of one size.
         num_images: of the sample, >= 2; all, if there are not more.
-        batch_size: images of one rank in one forward pass.
+        batch_size: images that a worker hands over at a time; changes no result.
         num_workers: loader processes of one rank.
         device: where features and measures are computed.
         dtype: of the forward pass.
@@ -116,11 +116,8 @@ class OnlineHealth:
         return cls(
             images,
             num_images=cfg.evaluation.health.num_images,
-            batch_size=cfg.evaluation.knn.batch_size,
-            num_workers=cfg.train.num_workers,
             device=device,
-            dtype=compute_dtype(cfg, device=device),
-            on_bad_image=cfg.train.on_bad_image,
+            **extraction_settings(cfg, device=device),
         )
 
     def __call__(

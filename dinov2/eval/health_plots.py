@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dinov2.errors import ConfigError
 
-_SMALLEST = 1e-8  # of the largest: below is rounding noise
+_SMALLEST = 1e-6  # of the largest: below is rounding noise of float32 features
 
 
 def plot_spectrum(spectra: Mapping[str, np.ndarray], path: Path) -> None:

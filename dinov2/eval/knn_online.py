@@ -10,7 +10,7 @@ from torch import nn
 
 from dinov2.configs import Config
 from dinov2.distributed import all_gather_varlen
-from dinov2.eval.build import NamedDataset, build_datasets, compute_dtype
+from dinov2.eval.build import NamedDataset, build_datasets, extraction_settings
 from dinov2.eval.extraction import Features, extract_local_features
 from dinov2.eval.feature_set import NO_LABEL
 from dinov2.eval.groups import Groups, match_groups
@@ -33,7 +33,7 @@ class OnlineKnn:
             `dinov2.eval.groups`.
         nb_knn: numbers of neighbours; those larger than the training set are left out with a warning.
         temperature: of the votes, > 0.
-        batch_size: images of one rank in one forward pass.
+        batch_size: images that a worker hands over at a time; changes no result.
         num_workers: loader processes of one rank.
         device: where features and similarities are computed.
         dtype: of the forward pass.
@@ -88,11 +88,8 @@ class OnlineKnn:
             val,
             nb_knn=cfg.evaluation.knn.nb_knn,
             temperature=cfg.evaluation.knn.temperature,
-            batch_size=cfg.evaluation.knn.batch_size,
-            num_workers=cfg.train.num_workers,
             device=device,
-            dtype=compute_dtype(cfg, device=device),
-            on_bad_image=cfg.train.on_bad_image,
+            **extraction_settings(cfg, device=device),
         )
 
     def extract(self, backbone: nn.Module) -> tuple[Features, Features]:

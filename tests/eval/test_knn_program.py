@@ -13,7 +13,8 @@ from support.industrial_json import make_grouped_json
 
 from dinov2.configs import load_config
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.knn import OnlineKnn, main
+from dinov2.eval.knn import main
+from dinov2.eval.knn_online import OnlineKnn
 from dinov2.logging import setup_logging
 from dinov2.models import build_model
 
@@ -106,18 +107,23 @@ def test_options_stand_for_keys_and_overrule_the_file(weights, tmp_path):
 def test_online_score_is_that_of_the_program(weights, tmp_path):
     assert main(arguments(weights, tmp_path, "--nb_knn", "5", "10")) == 0
     cfg = load_config(None, [*MODEL, *SIZES, *ONLINE, f"train.output_dir={tmp_path}"])
-    scores = OnlineKnn(cfg, device=CPU)(backbone())
-    assert list(scores) == ["knn_top1_pct", "knn5_top1_pct", "knn10_top1_pct"]
+    knn = OnlineKnn.from_config(cfg, device=CPU)
+    scores = knn.score(*knn.extract(backbone())).named_scores()
+    assert [name for name in scores if name.endswith("_top1_pct")] == [
+        "knn_top1_pct",
+        "knn5_top1_pct",
+        "knn10_top1_pct",
+    ]
     assert scores == {name: results(tmp_path)[name] for name in scores}
 
 
 def test_a_wrong_path_fails_before_training(tmp_path):
     keys = [*MODEL, *SIZES, *ONLINE, f"evaluation.knn.val_dataset_path=ImageFolder:root={tmp_path}/none"]
     with pytest.raises(DatasetError, match="does not exist"):
-        OnlineKnn(load_config(None, keys), device=CPU)
+        OnlineKnn.from_config(load_config(None, keys), device=CPU)
     keys[-1] = "evaluation.knn.val_dataset_path=Digitz:split=VAL"
     with pytest.raises(ConfigError, match="Digitz"):
-        OnlineKnn(load_config(None, keys), device=CPU)
+        OnlineKnn.from_config(load_config(None, keys), device=CPU)
 
 
 def test_bad_usage_is_one_sentence_and_code_2(weights, tmp_path, capsys):
@@ -206,5 +212,6 @@ def test_groups_are_scored_beside_images(weights, tmp_path, capsys):
     cfg = load_config(
         None, [*MODEL, *SIZES, *ONLINE, *online, "evaluation.knn.nb_knn=[3, 1]", f"train.output_dir={tmp_path}"]
     )
-    scores = OnlineKnn(cfg, device=CPU)(backbone())
+    knn = OnlineKnn.from_config(cfg, device=CPU)
+    scores = knn.score(*knn.extract(backbone())).named_scores()
     assert {name: scores[name] for name in names} == {name: found[name] for name in names}
