@@ -1,10 +1,9 @@
 """Open the rank files of a training run as whole networks, without starting that many processes.
 
-Each rank holds some rows of a tensor, or all ranks hold the same. Rows are put together, and compared with their
-checksums, when a tensor is read: one tensor is in memory at a time.
+The rows of a tensor are put together, and compared with their checksums, when it is read: one tensor is in memory at
+a time.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,16 +35,29 @@ def open_checkpoint(path: Path) -> WeightsFile:
         foreign = _open_foreign(path, folder, name)
         if foreign is not None:
             return foreign
-        raise CheckpointError(f"{folder}/{error}{_others(folder, name)}") from error
-    state = {
-        key: StoredTensor(torch.Size(pieces.global_shape), pieces.dtype, functools.partial(_read, pieces, folder, name))
-        for key, pieces in stored.model.items()
-    }
+        raise _damaged(folder, name, error) from error
+    state = {key: stored_tensor(stored, pieces) for key, pieces in stored.model.items()}
     states, other_parts = split_by_network(state)
     world_size = stored.manifest.world_size
     num_ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
     extra_keys = (*other_parts, *stored.checkpointable_names, *stored.extra)
     return WeightsFile(str(path), f"training checkpoint ({num_ranks})", states, extra_keys=extra_keys)
+
+
+def stored_tensor(
+    stored: files.StoredCheckpoint, pieces: files.StoredPieces, *, first_row: int = 0, num_rows: int | None = None
+) -> StoredTensor:
+    """Describe rows of a tensor of a checkpoint, all by default; reading them raises CheckpointError on damage."""
+    num_rows = pieces.num_rows if num_rows is None else num_rows
+    shape = (num_rows, *pieces.global_shape[1:]) if pieces.global_shape else ()
+
+    def read() -> Tensor:
+        try:
+            return pieces.read(first_row, num_rows)
+        except files.DamagedCheckpointError as error:
+            raise _damaged(stored.folder, stored.name, error) from error
+
+    return StoredTensor(torch.Size(shape), pieces.dtype, read)
 
 
 def require_own_checkpoint(path: Path) -> None:
@@ -84,13 +96,6 @@ def _open_foreign(path: Path, folder: Path, name: str) -> WeightsFile | None:
     return None if is_ours else torch_file(file, content)
 
 
-def _read(pieces: files.StoredPieces, folder: Path, name: str) -> Tensor:
-    try:
-        return pieces.read_all()
-    except files.DamagedCheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}{_others(folder, name)}") from error
-
-
-def _others(folder: Path, name: str) -> str:
+def _damaged(folder: Path, name: str, error: files.DamagedCheckpointError) -> CheckpointError:
     others = [other for other in files.find_checkpoints(folder) if other != name]
-    return f"; the folder also has {others[-1]}" if others else ""
+    return CheckpointError(f"{folder}/{error}" + (f"; the folder also has {others[-1]}" if others else ""))

@@ -40,7 +40,7 @@ def stream_torch(path: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         path: of the file; one that is there is written over.
-        content: nested dicts and lists of plain values and stored tensors, which are read one after another.
+        content: nested dicts and lists of plain values, tensors and stored tensors, which are read one after another.
 
     Raises:
         OSError, RuntimeError: the file cannot be written.
@@ -88,6 +88,8 @@ def stream_safetensors(path: Path, state: State, *, metadata: Mapping[str, str])
 
 def _without_values(value: Any, tensors: list[StoredTensor]) -> Any:
     """Copy nested data with empty tensors, and collect the stored ones in the order in which they are pickled."""
+    if isinstance(value, Tensor):
+        value = StoredTensor.of(value)
     if isinstance(value, StoredTensor):
         tensors.append(value)
         return torch.empty(value.shape, dtype=value.dtype)  # memory that is never touched is never taken

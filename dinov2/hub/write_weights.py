@@ -63,7 +63,7 @@ def _write_aside(path: Path, write: Callable[[Path], None], state: State) -> Non
     temporary, old = (place.with_name(place.name + suffix) for suffix in (".tmp", ".old"))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(place, state)
+        require_space(place.parent, sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values()))
         _remove(temporary)
         write(temporary)
         if place.is_dir():
@@ -81,12 +81,14 @@ def _write_aside(path: Path, write: Callable[[Path], None], state: State) -> Non
         _remove(temporary)
 
 
-def _require_space(path: Path, state: State) -> None:
-    needed = sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values())
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise OSError where the disk of a folder has less room than that."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
         raise OSError(
-            errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free on its disk", str(path)
+            errno.ENOSPC,
+            f"{num_bytes / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free on its disk",
+            str(folder),
         )
 
 
