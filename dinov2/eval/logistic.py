@@ -9,7 +9,7 @@ weights is penalised.
 
 How: the features are centred and turned onto their principal axes, in float64, which changes neither the objective nor
 its minimum. There the Hessian is nearly diagonal, and L-BFGS starts from that diagonal. The logits of all C come from
-one product [rows, D] x [D, G * K], and so do their gradients.
+one product [K * G, D] x [D, rows], and so do their gradients.
 
 Shapes: n images, D features, K columns of weights (classes, or 1 for two classes), G values of C.
 """
@@ -26,8 +26,9 @@ from dinov2.eval.logistic_lbfgs import minimise
 TOLERANCE = 1e-9  # relative distance from the minimum at which a fit ends: classes of test images no longer change
 MAX_COLUMNS = 512  # of weights that are fitted together
 _ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-10}  # relative, of a mean loss
-_CHUNK = {"cpu": 2**20}  # logits computed at a time, so that they stay in the processor's cache
+_CHUNK = {"cpu": 2**19}  # logits computed at a time, so that they stay in the processor's cache
 _LARGE_CHUNK = 2**26  # on accelerators
+_LEAST_ROWS = 256
 _LINEAR_FROM = 40  # log(1 + exp(x)) is x to rounding, in float64, too
 _ROWS = 8192  # of features that are turned at a time
 _LEAST_VARIANCE = 1e-13  # of a principal axis, relative to the largest; an axis below it is rounding
@@ -96,7 +97,7 @@ class LogisticRegression:
             rounding=_ROUNDING[self.dtype],
             max_rounds=max_rounds,
         )
-        weights = minima.points.unflatten(1, (-1, self.num_columns))  # [G, A + 1, K]
+        weights = minima.points.unflatten(1, (self.num_columns, -1))  # [G, K, A + 1]
         fits = []
         for number, c in enumerate(cs):
             weight, bias = self._turned_back(weights[number])
@@ -115,20 +116,20 @@ class LogisticRegression:
     def _evaluate(self, points: Tensor, penalties: Tensor) -> tuple[Tensor, Tensor]:
         """Objectives [g] and gradients [g, P] at points [g, P]."""
         count, columns = len(points), self.num_columns
-        weights = points.unflatten(1, (-1, columns))  # [g, A + 1, K]
-        flat = weights.transpose(0, 1).flatten(1).to(self.dtype)  # [A + 1, g * K]
+        weights = points.unflatten(1, (columns, -1))  # [g, K, A + 1]
+        flat = weights.transpose(0, 1).flatten(0, 1).to(self.dtype)  # [K * g, A + 1]
         losses = torch.zeros(count, dtype=torch.float64, device=self.device)
         gradient = torch.zeros_like(flat, dtype=torch.float64)
-        rows = max(64, _CHUNK.get(self.device.type, _LARGE_CHUNK) // flat.shape[1])
+        rows = max(_LEAST_ROWS, _CHUNK.get(self.device.type, _LARGE_CHUNK) // len(flat))
         for data, targets in zip(self.data.split(rows), self.targets.split(rows), strict=True):
-            logits = (data @ flat).unflatten(1, (count, columns))  # [rows, g, K]
+            logits = (flat @ data.T).unflatten(0, (columns, count))  # [K, g, rows]
             loss, residual = (_loss_of_two if columns == 1 else _loss)(logits, targets)
-            losses += loss.double().sum(dim=0)
-            gradient += data.T @ residual.flatten(1)
+            losses += loss.sum(dim=1, dtype=torch.float64)
+            gradient += residual.flatten(0, 1) @ data
         penalised = weights.clone()
-        penalised[:, -1] = 0
+        penalised[..., -1] = 0
         objectives = losses / self.num_images + penalties / 2 * penalised.square().sum(dim=(1, 2))
-        gradients = (gradient / self.num_images).unflatten(1, (count, columns)).transpose(0, 1)
+        gradients = (gradient / self.num_images).unflatten(0, (columns, count)).transpose(0, 1)
         return objectives, (gradients + penalties[:, None, None] * penalised).flatten(1)
 
     def _inverse_curvature(self, penalties: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class LogisticRegression:
         variances = torch.cat([self.variances, self.variances.new_ones(1)])  # [A + 1]
         floor = penalties[:, None].repeat(1, len(variances))  # [G, A + 1]
         floor[:, -1] = 0
-        return 1 / (spread * variances[:, None] + floor[:, :, None]).flatten(1)
+        return 1 / (spread[:, None] * variances + floor[:, None, :]).flatten(1)
 
     def _turned(self, values: Tensor) -> Tensor:
         data = torch.ones(len(values), len(self.variances) + 1, dtype=self.dtype, device=self.device)
@@ -148,8 +149,8 @@ class LogisticRegression:
 
     def _turned_back(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [classes, D] and bias [classes] for features as they are, from those for principal coordinates."""
-        weight = (self.axes @ weights[:-1]).T
-        bias = weights[-1] - weight @ self.mean
+        weight = weights[:, :-1] @ self.axes.T
+        bias = weights[:, -1] - weight @ self.mean
         if self.num_columns == 1:  # of two classes, the first has logits 0
             weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
         return weight.cpu(), bias.cpu()
@@ -175,16 +176,21 @@ def _principal_axes(values: Tensor, *, device: torch.device) -> tuple[Tensor, Te
 
 
 def _loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [rows, g] and their gradients [rows, g, K], exact to rounding for probabilities near 0 and 1."""
-    place = targets[:, None, None].expand(-1, logits.shape[1], 1)
-    others = (logits - logits.gather(2, place)).scatter_(2, place, -torch.inf)  # above the right class's logit
-    excess = others.logsumexp(dim=2)
+    """Cross-entropies [g, rows] and their gradients [K, g, rows], exact to rounding for probabilities near 0 and 1.
+
+    The logits [K, g, rows] are overwritten.
+    """
+    place = targets.expand(1, *logits.shape[1:])
+    above = logits.sub_(logits.gather(0, place)).scatter_(0, place, -torch.inf)  # the right class's logit
+    largest = above.amax(dim=0)
+    powers = above.sub_(largest).exp_()
+    excess = largest + powers.sum(dim=0).log()  # log of the odds against the right class
     loss = F.softplus(excess, threshold=_LINEAR_FROM)
-    residual = others.sub_(loss[..., None]).exp_()
-    return loss, residual.scatter_(2, place, -excess.sigmoid()[..., None])
+    residual = powers.mul_((largest - loss).exp())
+    return loss, residual.scatter_(0, place, -excess.sigmoid()[None])
 
 
 def _loss_of_two(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the second class's logits [rows, g, 1] alone; the first's are 0."""
-    sign = 1 - 2 * targets[:, None, None].to(logits.dtype)  # of the wrong class's logit over the right one's
-    return F.softplus(logits * sign, threshold=_LINEAR_FROM)[..., 0], sign * (logits * sign).sigmoid()
+    """The same with the second class's logits [1, g, rows] alone; the first's are 0."""
+    sign = 1 - 2 * targets.to(logits.dtype)  # of the wrong class's logit over the right one's
+    return F.softplus(logits[0] * sign, threshold=_LINEAR_FROM), sign * (logits * sign).sigmoid()

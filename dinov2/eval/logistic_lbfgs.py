@@ -52,7 +52,8 @@ def minimise(
         inverse_curvature: what the inverse Hessian is taken for at first, up to a factor, > 0, [G, P].
         tolerance: a problem ends when its estimated gap, half the decrease that the quasi-Newton model promises, is at
             most this share of its value and of its decrease since the start.
-        rounding: relative increase of a value that counts as none.
+        rounding: relative increase of a value that counts as none; a gap below its square, relative to the value, ends
+            a problem too.
         max_rounds: evaluations of one problem, at least 1.
 
     Returns:
@@ -125,7 +126,7 @@ class _Search:
         """Note where the active problems are, and drop those whose value can hardly fall further."""
         gaps = -self.slope / 2
         is_done = gaps <= tolerance * torch.minimum(self.value, self.first_value - self.value)
-        is_done |= gaps == 0
+        is_done |= gaps <= self.rounding**2 * self.value  # of the gradient, nothing but rounding may be left
         found = (self.point, self.value, gaps, self.rounds, is_done)
         for result, values in zip(self._results.values(), found, strict=True):
             result[self.active] = values

@@ -1,0 +1,178 @@
+"""What trained classifiers are fitted on, chosen by and reported on, so that no reported image chose anything.
+
+    with a test set      fitted on train, chosen on val, reported on test, once
+    without              a fifth of the training set is held out to choose by; reported on val
+
+The held-out part is drawn by the hash of each image's group, or of its path where there are no groups: it does not
+depend on the order of the files, and no group is in both parts. The rows of each part are put into an order of their
+own contents; so the order of the files does not show in what is fitted either.
+
+Shapes: n images of a part, D features.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2.data.splits import in_split
+from dinov2.errors import DatasetError
+from dinov2.eval.feature_set import FeatureSet
+from dinov2.eval.labels import LabelledSet, match_classes
+from dinov2.eval.predictions import Predictions
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_FRACTION = 0.2  # of the training set, without a set to choose on
+_ORDERING_FEATURES = 8  # enough to tell images apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some labelled images of one set."""
+
+    source: FeatureSet
+    rows: np.ndarray  # of the source, [n] int64
+    classes: np.ndarray  # of these images, [n] int64, -1 if the training set lacks it
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def targets(self) -> Tensor:
+        """Class of each image, [n] int64."""
+        return torch.from_numpy(self.classes)
+
+    def values(self) -> Tensor:
+        """Return the features [n, D], copied, float32."""
+        return self.source.values[torch.from_numpy(self.rows)].float()
+
+    def take(self, kept: np.ndarray) -> "Part":
+        """Keep some images, given as a mask or as row numbers of this part."""
+        return Part(source=self.source, rows=self.rows[kept], classes=self.classes[kept])
+
+    def in_own_order(self) -> "Part":
+        """Put the images into an order that their classes and features alone decide."""
+        first = self.source.values[torch.from_numpy(self.rows), :_ORDERING_FEATURES].float().numpy()
+        return self.take(np.lexsort([*first.T, self.classes]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSets:
+    """The parts; the same on every rank."""
+
+    train: Part  # all labelled training images
+    fit: Part  # those that candidates are fitted on
+    choose: Part  # images that choose among the candidates
+    report: Part
+    class_names: tuple[str, ...]  # of classes 0, 1, ...
+    has_test: bool  # whether `report` is a test set, and `choose` the validation set
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the training set."""
+        return len(self.class_names)
+
+    @cached_property
+    def description(self) -> str:
+        """What served to choose, for tables."""
+        if self.has_test:
+            return f"{len(self.choose)} images of {self.choose.source.name}"
+        return f"{len(self.choose)} of the {len(self.train)} training images, held out"
+
+    def predictions(self, logits: Tensor) -> Predictions:
+        """Wrap a classifier's answers for the reported part, [n, classes]."""
+        source, rows = self.report.source, self.report.rows
+        groups, paths = source.group_numbers(), source.columns.get("path")
+        return Predictions(
+            name=source.name,
+            targets=self.report.classes,
+            scores=logits.double().softmax(dim=1).numpy(),
+            class_names=self.class_names,
+            places=source.places[rows],
+            groups=None if groups is None else groups[rows],
+            paths=None if paths is None else np.asarray(paths)[rows],
+        )
+
+
+def make_classifier_sets(
+    train: FeatureSet, val: FeatureSet, test: FeatureSet | None, *, has_choice: bool = True, logs_notes: bool = True
+) -> ClassifierSets:
+    """Divide labelled images into what is fitted on, what chooses and what is reported.
+
+    Args:
+        train: the training set.
+        val: reported on, or, with a test set, chosen on.
+        test: reported on.
+        has_choice: False: there is one candidate, so that nothing is held out.
+        logs_notes: log what the user should know.
+
+    Raises:
+        DatasetError: labels are missing or do not fit each other, or nothing can be held out.
+    """
+    labelled = [_labels(part) for part in (train, val, *[test] * (test is not None))]
+    matched = [match_classes(labelled[0], other) for other in labelled[1:]]
+    if logs_notes:
+        for note in dict.fromkeys(note for classes in matched for note in classes.notes):
+            logger.warning("%s", note)
+    names = [labelled[0].describe([label]) for label in labelled[0].labels()]
+    whole = _part(train, matched[0].train)
+    reported = _part(val if test is None else test, matched[-1].val)
+    fit, choose = whole, whole.take(np.zeros(0, dtype=np.int64))
+    if test is not None:
+        choose = _part(val, matched[0].val)
+    elif has_choice:
+        is_held_out = _held_out(whole)
+        fit, choose = whole.take(~is_held_out), whole.take(is_held_out)
+    return ClassifierSets(
+        train=whole, fit=fit, choose=choose, report=reported, class_names=tuple(names), has_test=test is not None
+    )
+
+
+def join(parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Features [n, D] and classes [n] of all images of some parts whose class the training set has."""
+    known = [part.take(part.classes >= 0) for part in parts]
+    return torch.cat([part.values() for part in known]), torch.cat([part.targets for part in known])
+
+
+def right_pct(logits: Tensor, targets: Tensor, *, metric: str) -> float:
+    """Accuracy in percent: of all images, or, with `mean_per_class_accuracy`, the mean over the classes that occur."""
+    is_right = (logits.argmax(dim=1) == targets).double()
+    if metric == "mean_per_class_accuracy":
+        classes, counts = torch.unique(targets, return_inverse=True)[1], torch.unique(targets, return_counts=True)[1]
+        return (
+            100
+            * (torch.zeros(len(counts), dtype=torch.float64).index_add_(0, classes, is_right) / counts).mean().item()
+        )
+    return 100 * is_right.mean().item()
+
+
+def _labels(features: FeatureSet) -> LabelledSet:
+    return LabelledSet(name=features.name, targets=features.targets, class_names=features.class_names)
+
+
+def _part(source: FeatureSet, classes: np.ndarray) -> Part:
+    rows = np.flatnonzero(source.targets >= 0)
+    return Part(source=source, rows=rows, classes=classes[rows]).in_own_order()
+
+
+def _held_out(train: Part) -> np.ndarray:
+    """Choose the held-out images, [n] bool; groups without which a class could not be fitted stay."""
+    source = train.source
+    groups = source.group_numbers()
+    keys = source.columns.get("path", source.places) if groups is None else source.columns.get("group", groups)
+    names = [str(key) for key in np.asarray(keys)[train.rows]]
+    is_held_out = in_split(names, "val", val_fraction=HELD_OUT_FRACTION)
+    numbers = np.unique(names, return_inverse=True)[1]
+    is_lacking = ~np.isin(train.classes, train.classes[~is_held_out])
+    is_held_out &= ~np.isin(numbers, numbers[is_lacking])
+    if not is_held_out.any():
+        what = "images" if groups is None else "groups of images"
+        raise DatasetError(
+            f"{source.name}: {numbers.max() + 1} {what} are too few to hold some of each class out to choose by; name "
+            "labelled images to choose on with --val-dataset and those to report on with --test-dataset"
+        )
+    return is_held_out

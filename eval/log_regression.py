@@ -1,0 +1,10 @@
+"""Logistic regression on frozen features; see `dinov2/eval/log_regression.py`, and --help for the options."""
+
+import sys
+
+from dinov2.eval.log_regression import main
+from dinov2.logging import end_program
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the user's dataset classes lie in the current folder
+    end_program(main())
