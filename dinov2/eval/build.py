@@ -39,7 +39,7 @@ def build_datasets(cfg: Config) -> tuple[NamedDataset, NamedDataset]:
     """
     train = _open("train_dataset_path", cfg.evaluation.knn.train_dataset_path, cfg=cfg)
     val = _open("val_dataset_path", cfg.evaluation.knn.val_dataset_path, cfg=cfg)
-    _require_separate(train, val)
+    require_separate(train, val)
     return train, val
 
 
@@ -56,7 +56,7 @@ def describe_preprocessing(cfg: Config) -> dict[str, Any]:
     return {"resize_size": round(size * knn.resize_ratio), "crop_size": size, "mean": mean, "std": std}
 
 
-def _require_separate(train: NamedDataset, val: NamedDataset) -> None:
+def require_separate(train: NamedDataset, val: NamedDataset) -> None:
     """Warn if images are compared with themselves; refuse groups (parts, plates, slides) that are in both sets.
 
     Names of groups mean the same only where both sets come from one folder.
