@@ -99,7 +99,7 @@ def _add_images(state: Any, dataset: Any) -> None:
 
 
 def _files(dataset: Any) -> Iterable[str]:
-    """Name the files of all images: `image_files(index)` where an image has several, `file` where a file has several."""
+    """Name the files of all images; an image may have several (`image_files`), and a file several images (`file`)."""
     for index in range(len(dataset)):
         if hasattr(dataset, "image_files"):
             yield from dataset.image_files(index)

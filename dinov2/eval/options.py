@@ -19,11 +19,25 @@ _STANDS_FOR = {  # option: config key
 
 
 def get_args_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
-    """Describe the options of every evaluation program; a program adds its own."""
+    """Describe the options of every program that fits and scores; a program adds its own."""
+    parser = get_backbone_parser(prog, description=description)
+    parser.add_argument(
+        "--train-dataset", metavar="S", help=f"labelled images that vote; stands for {_STANDS_FOR['train_dataset']}"
+    )
+    parser.add_argument(
+        "--val-dataset", metavar="S", help=f"labelled images to classify; stands for {_STANDS_FOR['val_dataset']}"
+    )
+    return parser
+
+
+def get_backbone_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
+    """Describe the options of every program that computes features."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config-file", "--config", metavar="F", help="YAML file over the defaults; default: none")
     parser.add_argument(
-        "--pretrained-weights", metavar="W", help="file with the backbone, .pth or .safetensors; must be given"
+        "--pretrained-weights",
+        metavar="W",
+        help="file, folder, checkpoint or name (timm:..., hf:...) of the backbone; must be given",
     )
     parser.add_argument(
         "--checkpoint-key",
@@ -31,17 +45,11 @@ def get_args_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
         metavar="KEY",
         help="network to take from a file that holds several, teacher or student; default: teacher",
     )
-    parser.add_argument(
-        "--train-dataset", metavar="S", help=f"labelled images that vote; stands for {_STANDS_FOR['train_dataset']}"
-    )
-    parser.add_argument(
-        "--val-dataset", metavar="S", help=f"labelled images to classify; stands for {_STANDS_FOR['val_dataset']}"
-    )
     parser.add_argument("--output-dir", default=".", metavar="D", help="folder for results and logs; default: here")
     parser.add_argument(
         "--batch-size",
         metavar="N",
-        help=f"images of one process in a forward pass; stands for {_STANDS_FOR['batch_size']} "
+        help=f"images that a process reads at a time, which changes no result; stands for {_STANDS_FOR['batch_size']} "
         f"(default {KnnConfig.batch_size})",
     )
     parser.add_argument(
@@ -54,6 +62,19 @@ def get_args_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
         "opts", nargs="*", metavar="key=value", help="config keys over the file, e.g. student.arch=vit_small"
     )
     return parser
+
+
+def add_features_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the features that are kept."""
+    parser.add_argument(
+        "--features-dir", metavar="D", help="folder where features are kept and found; default: OUTPUT_DIR/features"
+    )
+    parser.add_argument(
+        "--features-dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="numbers of the features that are kept; default: fp32",
+    )
 
 
 def add_knn_options(parser: argparse.ArgumentParser) -> None:

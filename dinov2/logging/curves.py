@@ -49,13 +49,24 @@ def plot_training_curves(
     for name, score in (start_scores or {}).items():
         steps, values = curves.get(name, (np.empty(0), np.empty(0)))
         curves[name] = (np.concatenate([[0], steps]), np.concatenate([[score], values]))
+    draw_curves(curves, png_path)
+
+
+def draw_curves(curves: Mapping[str, Curve], png_path: str | Path, *, unit: str = "steps") -> None:
+    """Draw curves into one picture, those that belong together in one panel.
+
+    Args:
+        curves: by name of the metric; at least one.
+        png_path: picture to write.
+        unit: of the horizontal axis.
+    """
     panels = _panels(curves)
     num_rows = math.ceil(len(panels) / _NUM_COLUMNS)
     figure = _figure(num_rows)
     last_step = max(steps[-1] for steps, _ in curves.values())
     for index, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(num_rows, _NUM_COLUMNS, index + 1)
-        _draw(axes, {name: curves[name] for name in names}, title=title, last_step=last_step)
+        _draw(axes, {name: curves[name] for name in names}, title=title, last_step=last_step, unit=unit)
     figure.savefig(png_path, dpi=110)
 
 
@@ -102,7 +113,7 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
     return panels | {name: [name] for name in curves if name not in drawn}
 
 
-def _draw(axes: Axes, curves: Mapping[str, Curve], *, title: str, last_step: int) -> None:
+def _draw(axes: Axes, curves: Mapping[str, Curve], *, title: str, last_step: int, unit: str) -> None:
     axes.set_title(title, fontsize=10)
     for name, curve in curves.items():
         steps, values = _thin(curve)
@@ -111,7 +122,7 @@ def _draw(axes: Axes, curves: Mapping[str, Curve], *, title: str, last_step: int
     if len(curves) > 1:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlim(0, max(last_step, 1))
-    axes.set_xlabel("steps", fontsize=8)
+    axes.set_xlabel(unit, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
 
