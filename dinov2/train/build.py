@@ -40,15 +40,29 @@ class RunPlan:
     end_lr: float  # learning rate at the end of its schedule
 
 
-def plan_run(cfg: Config, *, dataset_size: int, world_size: int) -> RunPlan:
+def plan_run(cfg: Config, *, dataset_size: int, world_size: int, saved_global_batch: int | None = None) -> RunPlan:
     """Work out batch sizes, steps and the learning rate.
+
+    Args:
+        cfg: config of the run.
+        dataset_size: images of one pass over the data.
+        world_size: ranks.
+        saved_global_batch: images of one step of the run that is continued; None: a new run.
 
     Raises:
         ConfigError: the batch does not divide over the ranks or into KoLeo's groups, or is larger than the dataset.
     """
-    per_rank = batch_size_per_rank(cfg, world_size=world_size)
+    per_rank = batch_size_per_rank(cfg, world_size=world_size, saved_global_batch=saved_global_batch)
     accumulation = cfg.optim.gradient_accumulation_steps
     global_batch = per_rank * world_size * accumulation
+    if cfg.train.global_batch_size is None and per_rank != cfg.train.batch_size_per_gpu:
+        logger.info(
+            "global_batch=%d is kept from the checkpoint: %d images per process and pass instead of "
+            "train.batch_size_per_gpu=%d; train.global_batch_size changes it",
+            global_batch,
+            per_rank,
+            cfg.train.batch_size_per_gpu,
+        )
     if global_batch > dataset_size:
         raise ConfigError(
             f"the global batch of {global_batch} images (train.batch_size_per_gpu={per_rank} x {world_size} ranks x "
@@ -226,28 +240,39 @@ def build_checkpointer(
     *,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    plan: RunPlan,
     output_dir: Path,
+    read_only: bool = False,
 ) -> PeriodicCheckpointer:
-    """Build what saves and restores the whole state of the run."""
+    """Build what saves and restores the whole state of the run; `follow_plan` tells it the run's numbers."""
+    saving = cfg.checkpointing
     checkpointer = FSDPCheckpointer(
         model,
         str(output_dir),
         sharding_strategy=cfg.compute_precision.sharding_strategy,
         config_text=json.dumps(to_dict(cfg)),
         config_digest=config_digest(cfg),
+        background=saving.background,
+        save_to_disk=not read_only,
         optimizer=optimizer,
         scaler=scaler,
         rng=RngState(),
     )
-    saving = cfg.checkpointing
     return PeriodicCheckpointer(
         checkpointer,
         saving.period,
-        max_iter=plan.last_step,
         max_to_keep=saving.max_to_keep,
         keep_every=saving.keep_every,
+        period_minutes=saving.period_minutes,
+        save_best=saving.save_best,
+        save_best_mode=saving.save_best_mode,
+        copy_to=saving.copy_to,
     )
+
+
+def follow_plan(saver: PeriodicCheckpointer, plan: RunPlan) -> None:
+    """Tell what saves the run its last step and its global batch, which a checkpoint may have decided."""
+    saver.max_iter = plan.last_step
+    saver.checkpointer.global_batch_size = plan.global_batch_size
 
 
 def build_metric_logger(cfg: Config, *, plan: RunPlan, start_step: int, output_dir: Path) -> MetricLogger:

@@ -1,15 +1,17 @@
 """Where a run starts."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dinov2.checkpoint_format import is_checkpoint_path
+from dinov2.checkpoint_format import StoredCheckpoint, is_checkpoint_path
 from dinov2.configs import Config
 from dinov2.configs.student_section import StudentConfig
 from dinov2.distributed import on_main_first
 from dinov2.errors import CheckpointError
-from dinov2.fsdp import FSDPCheckpointer
+from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.hub.stored_tensor import State
 from dinov2.hub.weights import plan_head, plan_weights
@@ -24,9 +26,11 @@ class Start:
 
     step: int = 0
     samples_seen: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)  # of the last evaluation before it
+    saved: StoredCheckpoint | None = None  # what the run goes on from; None: it is new
 
 
-def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> Start:
+def resume(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start:
     """Fill the model from the first of these: the folder's newest complete checkpoint, `train.resume_path`,
     `MODEL.WEIGHTS`, `student.pretrained_weights`, random numbers; what is overruled is not read.
 
@@ -37,11 +41,15 @@ def resume(cfg: Config, checkpointer: FSDPCheckpointer, model: SSLMetaArch) -> S
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit.
     """
+    checkpointer = saver.checkpointer
     if cfg.train.resume and checkpointer.has_checkpoint():
-        return _start_after(checkpointer.resume_or_load(""))
+        start = _start_after(checkpointer.resume_or_load(""), checkpointer.loaded)
+        if start.saved.folder == Path(checkpointer.save_dir):
+            saver.last_saved = start.step - 1
+        return start
     if cfg.train.resume_path:
         on_main_first(require_own_checkpoint, Path(cfg.train.resume_path))
-        return _start_after(checkpointer.load(cfg.train.resume_path))
+        return _start_after(checkpointer.load(cfg.train.resume_path), checkpointer.loaded)
     weights = cfg.MODEL.WEIGHTS
     if weights and is_checkpoint_path(weights):
         on_main_first(require_own_checkpoint, Path(weights))
@@ -66,8 +74,13 @@ def require_something_to_evaluate(cfg: Config, start: Start) -> None:
         )
 
 
-def _start_after(saved: dict) -> Start:
-    return Start(step=saved["iteration"] + 1, samples_seen=saved["samples_seen"])
+def _start_after(extra: Mapping[str, Any], saved: StoredCheckpoint) -> Start:
+    return Start(
+        step=extra["iteration"] + 1,
+        samples_seen=extra["samples_seen"],
+        scores=extra.get("metrics", {}),
+        saved=saved,
+    )
 
 
 def _backbone_and_fitting_heads(model: SSLMetaArch, student: StudentConfig) -> dict[str, State]:

@@ -1,7 +1,7 @@
 """One run at a time in an output folder: a lock that rank 0 holds until the program ends, however it ends.
 
-`fcntl.lockf` locks belong to the process: loader workers do not inherit them, and the kernel frees them with their owner,
-also after a kill -9. They are lost as soon as the owner closes any descriptor of the file, so it is opened once only.
+`fcntl.lockf` locks belong to the process: loader workers do not inherit them, and the kernel frees them with their
+owner, also after a kill -9. They are lost as soon as the owner closes any descriptor of the file: it is opened once.
 """
 
 import errno

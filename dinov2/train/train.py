@@ -4,6 +4,7 @@ torchrun --nproc_per_node=4 dinov2/train/train.py --config-file F --output-dir D
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -19,7 +20,8 @@ from dinov2.configs.run_sections import TrainConfig
 from dinov2.data import pass_size
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.errors import ConfigError
-from dinov2.logging import end_program, peak_memory_gib, plot_training_curves, run_program, setup_logging
+from dinov2.fsdp import PeriodicCheckpointer
+from dinov2.logging import MetricLogger, end_program, peak_memory_gib, plot_training_curves, run_program, setup_logging
 from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.train.batches import DeviceBatches
 from dinov2.train.build import (
@@ -32,15 +34,19 @@ from dinov2.train.build import (
     build_model,
     build_optimizer,
     build_schedules,
+    follow_plan,
     plan_run,
     require_equal_sizes,
     seed_global_generators,
 )
-from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.evaluation import START, TeacherEvaluation
 from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
-from dinov2.train.resume import require_something_to_evaluate, resume
-from dinov2.train.run_folder import CURVES_NAME, begin_run, prepare_output_dir
+from dinov2.train.resume import Start, require_something_to_evaluate, resume
+from dinov2.train.run_folder import CURVES_NAME, begin_run, make_output_dir, require_no_other_run
+from dinov2.train.run_lock import RunLock
+from dinov2.train.saved_run import report_changes, saved_global_batch
+from dinov2.train.saving import finishing, require_known_score
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stop_signal import StopSignal
@@ -55,8 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="train.py",
         description="Train DINOv2 on your own images. Start it with python for one process, torchrun for several.",
         epilog="Without flags a run goes on from the newest complete checkpoint in its folder, if there is one. "
-        "Ctrl-C and SIGTERM end the step, save and exit with 0; torchrun passes SIGTERM on, itself exits with 1, and "
-        "kills what has not ended after 30 s (its --shutdown-timeout). "
+        "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end the step, save and exit with 0. torchrun passes Ctrl-C and SIGTERM "
+        "on (the others with its --signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2), itself exits with 1, and kills "
+        "what has not ended after 30 s: give large models more with its --shutdown-timeout, in seconds. "
         "All keys with defaults and units: configs/ssl_default_config.yaml.",
     )
     parser.add_argument("--config-file", "--config", metavar="F", help="YAML file over the defaults; default: none")
@@ -109,11 +116,14 @@ def _run(argv: Sequence[str] | None) -> int:
         keep_freed_memory()
     try:
         output_dir = Path(cfg.train.output_dir)
-        on_main_first(lambda: prepare_output_dir(cfg, overwrite=args.overwrite))
-        setup_logging(output_dir, rank=env.rank)
-        for note in cfg.notes:
-            logger.info("%s", note)
-        return do_train(cfg, env, output_dir=output_dir, eval_only=args.eval_only, overwrite=args.overwrite)
+        on_main_first(make_output_dir, output_dir)
+        lock = RunLock(output_dir, setting=f"train.output_dir={output_dir}")
+        with contextlib.nullcontext() if args.eval_only else lock:
+            on_main_first(lambda: require_no_other_run(cfg, overwrite=args.overwrite))
+            setup_logging(output_dir, rank=env.rank)
+            for note in cfg.notes:
+                logger.info("%s", note)
+            return do_train(cfg, env, output_dir=output_dir, eval_only=args.eval_only, overwrite=args.overwrite)
     finally:
         distributed.shutdown()
 
@@ -135,36 +145,47 @@ def do_train(
     """
     dataset = on_every_rank(lambda: build_dataset(cfg, output_dir=output_dir))
     require_equal_sizes(dataset)
-    plan = plan_run(cfg, dataset_size=pass_size(dataset), world_size=env.world_size)
     evaluate = on_every_rank(lambda: TeacherEvaluation(cfg, env, dataset=dataset, output_dir=output_dir))
     seed_global_generators(cfg.train.seed + env.rank)
     model = build_model(cfg, device=env.device)
     optimizer = build_optimizer(cfg, model)
     scaler = build_grad_scaler(cfg, device=env.device)
+    saver = build_checkpointer(
+        cfg, model, optimizer=optimizer, scaler=scaler, output_dir=output_dir, read_only=eval_only
+    )
+    batch = None if eval_only else saved_global_batch(cfg, saver.checkpointer)
+    plan = plan_run(cfg, dataset_size=pass_size(dataset), world_size=env.world_size, saved_global_batch=batch)
+    follow_plan(saver, plan)
     schedules = build_schedules(cfg, plan=plan)
-    saver = build_checkpointer(cfg, model, optimizer=optimizer, scaler=scaler, output_dir=output_dir, plan=plan)
-    start = resume(cfg, saver.checkpointer, model)
-    _log_start(model, plan=plan, dataset_size=len(dataset), env=env)
+    start = resume(cfg, saver, model)
+    evaluate.last_scores = dict(start.scores)
+    _log_start(model, start, plan=plan, dataset_size=len(dataset), env=env)
 
     if eval_only:
         require_something_to_evaluate(cfg, start)
         evaluate(model, f"manual_{max(start.step - 1, 0)}")
         return 0
+    report_changes(cfg, plan, start.saved, world_size=env.world_size)
     on_main_first(lambda: begin_run(cfg, plan, output_dir, overwrite=overwrite))
-    if start.step >= plan.last_step:
-        logger.info("all %d steps are done; to go on, raise optim.epochs or train.max_steps", plan.last_step)
-    elif start.step:
-        logger.info("resuming at step %d of %d", start.step, plan.last_step)
+    saver.checkpointer.clean_up()
     if start.step == 0 and cfg.evaluation.at_start:
-        evaluate(model, "start")
+        require_known_score(saver.save_best, evaluate(model, START))
+    elif start.scores:
+        require_known_score(saver.save_best, start.scores)
 
     samples_seen = start.samples_seen
+    evaluation_period = cfg.evaluation.eval_period_iterations
     cancelled = CancelledSteps()
     with (
         StopSignal() as stop,
+        finishing(saver),
         build_batches(cfg, dataset, plan=plan, env=env, samples_seen=samples_seen, output_dir=output_dir) as batches,
-        build_metric_logger(cfg, plan=plan, start_step=start.step, output_dir=output_dir) as log,
+        on_every_rank(lambda: build_metric_logger(cfg, plan=plan, start_step=start.step, output_dir=output_dir)) as log,
     ):
+        if start.step and _is_due(start.step - 1, period=evaluation_period, last_step=plan.last_step):
+            # It may have been killed since its last checkpoint, before it was evaluated.
+            scores = evaluate.if_missing(model, f"training_{start.step - 1}")
+            _note_scores(start.step - 1, scores, log=log, saver=saver, samples_seen=samples_seen)
         for step in range(start.step, plan.last_step):
             started = time.perf_counter()
             values = schedules[step]
@@ -175,7 +196,15 @@ def do_train(
 
             scaler.unscale_(optimizer)
             metrics |= clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
-            verdict = agree(metrics["total_loss"], metrics["grad_norm"], stop=stop.received is not None)
+            verdict = agree(
+                metrics["total_loss"],
+                metrics["grad_norm"],
+                stop=stop.received is not None,
+                save_due=env.rank == 0 and saver.minutes_are_over(),
+                failed=saver.checkpointer.failed,
+            )
+            if verdict.failed:
+                saver.checkpointer.raise_failure()
 
             if verdict.is_finite:
                 scaler.step(optimizer)
@@ -192,14 +221,15 @@ def do_train(
             cancelled.note(verdict, step=step, loss=metrics["total_loss"], scaler=scaler)
 
             # Before the evaluation, which may take longer than a scheduler waits after its SIGTERM.
-            if verdict.stop or saver.is_due(step):
+            if verdict.stop or saver.is_due(step, minutes_due=verdict.save_due):
                 log.flush()
-                saver.save_now(step, samples_seen=samples_seen)
-            if _is_due(step, period=cfg.evaluation.eval_period_iterations, last_step=plan.last_step):
-                log.record_scores(step, evaluate(model, f"training_{step}"))
+                saver.save_now(step, samples_seen=samples_seen, metrics=evaluate.last_scores)
             if verdict.stop:
                 logger.info("stopped by %s after iteration %d; start again to go on", stop.received or "a rank", step)
                 break
+            if _is_due(step, period=evaluation_period, last_step=plan.last_step):
+                scores = evaluate(model, f"training_{step}")
+                _note_scores(step, scores, log=log, saver=saver, samples_seen=samples_seen)
     batches.report_skipped()
     on_main_first(_summarise, evaluate, output_dir)
     return 0
@@ -228,6 +258,14 @@ def forward_backward(
     return totals
 
 
+def _note_scores(
+    step: int, scores: dict[str, float], *, log: MetricLogger, saver: PeriodicCheckpointer, samples_seen: int
+) -> None:
+    """Record the scores of an evaluation and keep the checkpoint of this step if they are the best so far."""
+    log.record_scores(step, scores)
+    saver.note_scores(step, scores, samples_seen=samples_seen)
+
+
 def _schedule_metrics(values: StepValues) -> dict[str, float]:
     return {
         "lr": values.lr,
@@ -252,7 +290,7 @@ def _is_due(step: int, *, period: int | None, last_step: int) -> bool:
     return bool(period) and ((step + 1) % period == 0 or step + 1 == last_step)
 
 
-def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Environment) -> None:
+def _log_start(model: SSLMetaArch, start: Start, *, plan: RunPlan, dataset_size: int, env: Environment) -> None:
     num_parameters = sum(param.numel() for param in model.student["backbone"].parameters())
     logger.info(
         "dataset_images=%d epoch_steps=%d total_steps=%d global_batch=%d lr=%.3g backbone_parameters=%d "
@@ -267,11 +305,15 @@ def _log_start(model: SSLMetaArch, *, plan: RunPlan, dataset_size: int, env: Env
         env.world_size,
         str(model.autocast_dtype).removeprefix("torch."),
     )
+    if start.step >= plan.last_step:
+        logger.info("all %d steps are done; to go on, raise optim.epochs or train.max_steps", plan.last_step)
+    elif start.step:
+        logger.info("resuming at step %d of %d", start.step, plan.last_step)
 
 
 def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
     """Draw the curves and say how the scores changed; for rank 0."""
-    before, after = evaluate.scores_of("start"), evaluate.last_scores
+    before, after = evaluate.scores_of(START), evaluate.last_scores
     if (output_dir / METRICS_NAME).exists():
         plot_training_curves(output_dir / METRICS_NAME, output_dir / CURVES_NAME, start_scores=before)
     for name in after:

@@ -22,6 +22,8 @@ class Verdict:
 
     is_finite: bool  # loss and gradients are finite on every rank
     stop: bool  # some rank was asked to stop
+    save_due: bool = False  # some rank finds that it is time to save
+    failed: bool = False  # some rank could not write its part of a checkpoint
 
 
 def clip_gradients(student: nn.ModuleDict, *, max_norm: float | None) -> dict[str, Tensor]:
@@ -37,12 +39,22 @@ def clip_gradients(student: nn.ModuleDict, *, max_norm: float | None) -> dict[st
     return norms
 
 
-def agree(loss: Tensor, grad_norm: Tensor, *, stop: bool) -> Verdict:
-    """Find out whether every rank is fine and none wants to stop. Cost: one all-reduce of 2 floats, one host sync."""
+def agree(loss: Tensor, grad_norm: Tensor, *, stop: bool, save_due: bool = False, failed: bool = False) -> Verdict:
+    """Find out whether every rank is fine and what any of them asks for.
+
+    Args:
+        loss: of this rank, 0-dim.
+        grad_norm: of this rank, 0-dim.
+        stop: this rank was asked to stop.
+        save_due: this rank finds that it is time to save.
+        failed: this rank could not write a checkpoint.
+
+    Cost: one all-reduce of 4 floats, one host sync.
+    """
     is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    flags = torch.stack([is_bad.float(), torch.full_like(is_bad, stop, dtype=torch.float32)])
-    any_bad, any_stop = all_reduce_max(flags).tolist()
-    return Verdict(is_finite=not any_bad, stop=bool(any_stop))
+    flags = torch.stack([is_bad.float(), *(is_bad.new_full((), flag).float() for flag in (stop, save_due, failed))])
+    any_bad, any_stop, any_save_due, any_failed = map(bool, all_reduce_max(flags).tolist())
+    return Verdict(is_finite=not any_bad, stop=any_stop, save_due=any_save_due, failed=any_failed)
 
 
 class CancelledSteps:

@@ -53,7 +53,8 @@ def slow(tmp_path, monkeypatch):
 
 def start(folder, *options, launcher=()):
     command = [sys.executable, *launcher, str(PROGRAM), "--output-dir", str(folder), *TINY_RUN, *options]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_sigint)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, preexec_fn=heed_sigint, start_new_session=True, **pipes)
 
 
 def heed_sigint():
@@ -88,12 +89,21 @@ def newest_step(folder):
     return max(int(path.name[6:13]) for path in folder.glob("model_*.manifest.json"))
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)], ids=["term", "int"])
-def test_a_signal_ends_the_step_saves_and_resuming_gives_the_whole_run(tmp_path, number, workers):
-    options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", f"train.num_workers={workers}"]
+STOPS = {
+    "term": (signal.SIGTERM, 3, ["train.num_workers=2"]),
+    "int": (signal.SIGINT, 5, ["train.num_workers=0", "optim.gradient_accumulation_steps=3"]),
+    "usr1": (signal.SIGUSR1, 2, ["train.num_workers=1", "train.centering=sinkhorn_knopp", "ibot.separate_head=true"]),
+    "usr2": (signal.SIGUSR2, 1, ["train.num_workers=2", "checkpointing.background=false"]),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_signal_to_all_processes_ends_the_step_saves_and_resuming_gives_the_whole_run(tmp_path, case):
+    number, steps, options = STOPS[case]
+    options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", *options]
     process = start(tmp_path / "parts", *options)
-    wait_until(has_steps(tmp_path / "parts", 3), process)
-    process.send_signal(number)
+    wait_until(has_steps(tmp_path / "parts", steps), process)
+    os.killpg(process.pid, number)  # as Ctrl-C and schedulers do: loader workers get it too
     code, errors = end_of(process)
     assert code == 0 and "Traceback" not in errors, errors
     step = newest_step(tmp_path / "parts")
@@ -101,8 +111,8 @@ def test_a_signal_ends_the_step_saves_and_resuming_gives_the_whole_run(tmp_path,
     assert len(metrics_of(tmp_path / "parts")) == step + 1
 
     last = f"train.max_steps={step + 3}"
-    assert train(tmp_path / "parts", *options, last) == 0
-    assert train(tmp_path / "whole", *options, last) == 0
+    assert train(tmp_path / "parts", *options, last, "train.num_workers=0") == 0
+    assert train(tmp_path / "whole", *options, last, "train.num_workers=0") == 0
     assert_same_state(tmp_path / "whole", tmp_path / "parts", name=f"model_{step + 2:07d}")
 
 

@@ -1,0 +1,74 @@
+"""What a run that goes on takes over from the one that was saved, and what is no longer as it was."""
+
+import json
+import logging
+from pathlib import Path
+
+from dinov2.checkpoint_format import Manifest, StoredCheckpoint, open_checkpoint, split_path
+from dinov2.configs import Config, to_dict
+from dinov2.configs.changes import changed_settings
+from dinov2.distributed import on_main_first
+from dinov2.fsdp import FSDPCheckpointer
+from dinov2.train.build import RunPlan
+from dinov2.train.run_folder import PLAN_NAME
+
+logger = logging.getLogger("dinov2.train")
+
+
+def saved_global_batch(cfg: Config, checkpointer: FSDPCheckpointer) -> int | None:
+    """Look up the images of one step of the run that `resume` will continue; called by all ranks.
+
+    Returns:
+        None where nothing is continued, or the checkpoint is of an older version that did not note it.
+
+    Raises:
+        CheckpointError: `train.resume_path` names no complete checkpoint.
+    """
+    manifest = checkpointer.newest_manifest() if cfg.train.resume else None
+    folder = Path(cfg.train.output_dir)
+    if manifest is None and cfg.train.resume_path:
+        folder, name = split_path(cfg.train.resume_path)
+        manifest = on_main_first(open_checkpoint, folder, name)
+    return None if manifest is None else on_main_first(_global_batch, manifest, folder)
+
+
+def report_changes(cfg: Config, plan: RunPlan, saved: StoredCheckpoint | None, *, world_size: int) -> None:
+    """Warn of each setting that alters results and is not the one that the checkpoint was saved with.
+
+    Args:
+        cfg: config of this run.
+        plan: its numbers.
+        saved: what it goes on from; None: it is new.
+        world_size: processes of this run.
+    """
+    if saved is None:
+        return
+    manifest = saved.manifest
+    try:
+        lines = changed_settings(json.loads(saved.config), to_dict(cfg))
+    except ValueError:  # saved by other code than ours, without its settings
+        lines = []
+    if manifest.global_batch_size not in (None, plan.global_batch_size):
+        lines.append(f"train.global_batch_size {manifest.global_batch_size} -> {plan.global_batch_size}")
+    for line in lines:
+        logger.warning("changed since %s was saved: %s", saved.name, line)
+    if manifest.world_size == world_size:
+        return
+    logger.info("%s was saved by %d processes, %d go on", saved.name, manifest.world_size, world_size)
+    if cfg.dino.koleo_loss_weight and not cfg.dino.koleo_loss_distributed:
+        logger.warning(
+            "dino.koleo_loss_distributed=false: each process compares its own images, now %d instead of %d at once, so "
+            "that KoLeo's loss goes on at another height",
+            plan.batch_size_per_rank,
+            plan.images_per_pass // manifest.world_size,
+        )
+
+
+def _global_batch(manifest: Manifest, folder: Path) -> int | None:
+    """Read the global batch from the manifest, or from the plan beside a checkpoint of format version 1."""
+    if manifest.global_batch_size is not None:
+        return manifest.global_batch_size
+    try:
+        return int(json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))["global_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
