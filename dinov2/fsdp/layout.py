@@ -5,9 +5,12 @@ hold fewer rows or none.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 from dinov2.distributed import get_world_size
 
@@ -26,25 +29,39 @@ class Layout:
         return len(self.holders)
 
 
+@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """Return the rows this rank holds; shares memory with a sharded parameter, a plain tensor is returned as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def layout_of(tensor: Tensor) -> Layout:
     """Describe the part of a parameter or buffer that this rank holds; plain tensors are the same on all ranks."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Layout(global_shape=shape, offset=(0,) * len(shape), holders=tuple(range(get_world_size())))
-    mesh = tensor.device_mesh
-    start, length, same = 0, shape[0], []
-    for axis, placement in enumerate(tensor.placements):
+        return Layout(global_shape=shape, offset=(0,) * len(shape), holders=_all_ranks(get_world_size()))
+    splits, holders = _splits(tensor.device_mesh, tensor.placements)
+    start, length = 0, shape[0]
+    for size, coordinate in splits:
+        rows = -(-length // size)
+        first = min(rows * coordinate, length)
+        start, length = start + first, min(rows, length - first)
+    return Layout(global_shape=shape, offset=(start, *(0,) * (len(shape) - 1)), holders=holders)
+
+
+@cache
+def _all_ranks(world_size: int) -> tuple[int, ...]:
+    return tuple(range(world_size))
+
+
+@cache
+def _splits(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Return, for each axis of the mesh that splits rows, its size and this rank's place on it; and the holders."""
+    splits, same = [], []
+    for axis, placement in enumerate(placements):
         if placement.is_shard(0):
-            rows = -(-length // mesh.size(axis))
-            first = min(rows * mesh.get_local_rank(axis), length)
-            start, length = start + first, min(rows, length - first)
+            splits.append((mesh.size(axis), mesh.get_local_rank(axis)))
             same.append(mesh.get_local_rank(axis))
         else:
             same.append(slice(None))
-    holders = mesh.mesh[tuple(same)].flatten().tolist()
-    return Layout(global_shape=shape, offset=(start, *(0,) * (len(shape) - 1)), holders=tuple(sorted(holders)))
+    return splits, tuple(sorted(mesh.mesh[tuple(same)].flatten().tolist()))

@@ -4,11 +4,13 @@ import json
 import resource
 from collections import OrderedDict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dinov2 import checkpoint_format as files
+from dinov2.checkpoint_format import FileRecord
 from dinov2.errors import CheckpointError
 
 DATA = {
@@ -63,60 +65,13 @@ def test_data_and_manifest_come_back(tmp_path):
         "model_0000012.rank_1.pth",
     ]
     assert files.open_checkpoint(tmp_path, name) == manifest
-    loaded = files.read_rank_file(tmp_path, manifest, 1)
+    assert manifest.size_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.pth"))
+    loaded = torch.load(tmp_path / "model_0000012.rank_1.pth", weights_only=True)
     assert loaded.keys() == DATA.keys()
     assert loaded["betas"] == (0.9, 0.999) and loaded["names"] == ["a", "b"] and loaded["empty"] == {}
     for group in ("model", "flags"):
         for key, tensor in DATA[group].items():
             assert loaded[group][key].dtype == tensor.dtype and torch.equal(loaded[group][key], tensor)
-
-
-def test_a_changed_byte_anywhere_in_the_contents_is_noticed(tmp_path):
-    name, manifest = write(tmp_path, 0)
-    path = tmp_path / "model_0000000.rank_0.pth"
-    whole = path.read_bytes()
-    position = whole.index(torch.arange(6.0).numpy().tobytes()) + 5
-    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-    with pytest.raises(files.DamagedCheckpointError) as error:
-        files.read_rank_file(tmp_path, manifest, 0)
-    assert str(error.value) == "model_0000000.rank_0.pth: model/weight does not match its checksum"
-
-    lr = b"G" + torch.tensor(1e-3, dtype=torch.float64).numpy().tobytes()[::-1]  # as pickle writes a float
-    position = whole.index(lr) + len(lr) - 1
-    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-    with pytest.raises(files.DamagedCheckpointError) as error:
-        files.read_rank_file(tmp_path, manifest, 0)
-    assert str(error.value) == "model_0000000.rank_0.pth: (other values) does not match its checksum"
-
-
-def test_parts_of_a_rank_file_are_verified_alone(tmp_path):
-    name, manifest = write(tmp_path, 0)
-    path = tmp_path / "model_0000000.rank_0.pth"
-    whole = path.read_bytes()
-    position = whole.index(torch.arange(6.0).numpy().tobytes()) + 5
-    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-    data = files.open_rank_file(tmp_path, manifest, 0)
-    assert data["names"] == ["a", "b"] and torch.equal(data["model"]["step"], torch.tensor(3))
-    files.check_tensor(manifest, 0, "model/half", data["model"]["half"])
-    for part, tensor in (("model/weight", data["model"]["weight"]), ("model/other", torch.ones(1))):
-        with pytest.raises(files.DamagedCheckpointError) as error:
-            files.check_tensor(manifest, 0, part, tensor)
-        assert str(error.value) == f"model_0000000.rank_0.pth: {part} does not match its checksum"
-
-    position = whole.index(b"lr")
-    path.write_bytes(whole[:position] + b"wd" + whole[position + 2 :])
-    with pytest.raises(files.DamagedCheckpointError) as error:
-        files.open_rank_file(tmp_path, manifest, 0)
-    assert str(error.value) == "model_0000000.rank_0.pth: (other values) does not match its checksum"
-
-
-def test_a_missing_tensor_is_noticed(tmp_path):
-    name, manifest = write(tmp_path, 0)
-    files.write_rank_file(tmp_path, name=name, rank=0, data=DATA | {"model": {"step": torch.tensor(3)}})
-    files.publish_rank_file(tmp_path, name=name, rank=0)
-    with pytest.raises(files.DamagedCheckpointError) as error:
-        files.read_rank_file(tmp_path, manifest, 0)
-    assert str(error.value) == "model_0000000.rank_0.pth: model/half does not match its checksum"
 
 
 def test_incomplete_checkpoints_are_refused_with_the_reason(tmp_path):
@@ -135,7 +90,7 @@ def test_incomplete_checkpoints_are_refused_with_the_reason(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     assert reason(name) == f"model_0000001.rank_2.pth has {size - 10} bytes but {size} were written"
     path.unlink()
-    assert reason(name) == "model_0000001: 2 of 3 rank files found"
+    assert reason(name) == "model_0000001: 2 of 3 rank files found, model_0000001.rank_2.pth is missing"
     (tmp_path / "model_0000001.manifest.json").write_text("{")
     assert reason(name).startswith("model_0000001.manifest.json cannot be read: ")
 
@@ -143,10 +98,52 @@ def test_incomplete_checkpoints_are_refused_with_the_reason(tmp_path):
 def test_another_format_version_is_refused(tmp_path):
     name, _ = write(tmp_path, 1)
     path = tmp_path / f"{name}.manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
     with pytest.raises(CheckpointError) as error:
         files.open_checkpoint(tmp_path, name)
-    assert str(error.value) == "model_0000001 has format version 2 but this program reads 1"
+    assert str(error.value) == "model_0000001 has format version 3 but this program reads 1 to 2; use a newer one"
+    assert not isinstance(error.value, files.DamagedCheckpointError)  # an older one is no replacement
+
+
+def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
+    name, manifest = write(tmp_path, 1)
+    path = tmp_path / f"{name}.manifest.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CheckpointError, match="model_0000001"):
+            files.open_checkpoint(tmp_path, name)
+    path.write_bytes(whole)
+    assert files.open_checkpoint(tmp_path, name) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"world_size": 10**12}, "the files it lists are not those of 1000000000000 ranks"),
+        ({"world_size": True}, "world_size is not a value of type int"),
+        ({"files": {"../secret": ...}}, "the files it lists are not those of 1 ranks"),
+        ({"files": {}}, "the files it lists are not those of 1 ranks"),
+        (
+            {"files": {"model_0000001.rank_0.pth": FileRecord(size_bytes=-1, crc32=())}},
+            "a size is not a number of bytes",
+        ),
+        ({"block_bytes": 1}, "the checksums do not cover the files"),
+        ({"block_bytes": 0}, "the checksums do not cover the files"),
+        ({"name": "model_0000002"}, "the files it lists are not those of 1 ranks"),
+    ],
+)
+def test_a_manifest_cannot_point_elsewhere(tmp_path, change, reason):
+    name, manifest = write(tmp_path, 1)
+    if "../secret" in change.get("files", {}):
+        change = {"files": {"../secret": manifest.files["model_0000001.rank_0.pth"]}}
+    changed = replace(manifest, **change)
+    files.write_manifest(tmp_path, changed)
+    if changed.name != name:
+        (tmp_path / f"{changed.name}.manifest.json").replace(tmp_path / f"{name}.manifest.json")
+    with pytest.raises(files.DamagedCheckpointError) as error:
+        files.open_checkpoint(tmp_path, name)
+    assert str(error.value) == f"model_0000001.manifest.json cannot be read: {reason}"
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
@@ -181,15 +178,20 @@ def test_leftovers_and_incomplete_ones_are_removed_and_nothing_else(tmp_path):
         "model_best.rank_0.pth",
     ):
         (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path)
+    (tmp_path / "last_checkpoint.rank_0").touch()
+    (tmp_path / "last_checkpoint.rank_2").touch()
+    files.remove_leftovers(tmp_path, num_ranks=2)
     files.remove_incomplete(tmp_path, before_iteration=9)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last_checkpoint.rank_0",
         "model_0000003.manifest.json",
         "model_0000003.rank_0.pth",
         "model_0000009.rank_0.pth",
         "model_best.rank_0.pth",
         "notes.tmp",
     ]
+    files.remove_incomplete(tmp_path)
+    assert not (tmp_path / "model_0000009.rank_0.pth").exists()
     files.remove_checkpoint(tmp_path, "model_0000003")
     assert files.find_checkpoints(tmp_path) == []
     assert not (tmp_path / "model_0000003.rank_0.pth").exists()
