@@ -3,9 +3,8 @@
     with a test set      fitted on train, chosen on val, reported on test, once
     without              a fifth of the training set is held out to choose by; reported on val
 
-The held-out part is drawn by the hash of each image's group, or of its path where there are no groups: it does not
-depend on the order of the files, and no group is in both parts. The rows of each part are put into an order of their
-own contents; so the order of the files does not show in what is fitted either.
+See `dinov2.eval.held_out` for how it is drawn. The rows of each part are put into an order of their own contents; so
+the order of the files does not show in what is fitted.
 
 Shapes: n images of a part, D features.
 """
@@ -18,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.splits import in_split
-from dinov2.errors import DatasetError
 from dinov2.eval.feature_set import FeatureSet
+from dinov2.eval.held_out import held_out
 from dinov2.eval.labels import LabelledSet, match_classes
 from dinov2.eval.predictions import Predictions
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_FRACTION = 0.2  # of the training set, without a set to choose on
+METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # what may choose; the parents' names
 _ORDERING_FEATURES = 8  # enough to tell images apart
 
 
@@ -46,9 +44,10 @@ class Part:
         """Class of each image, [n] int64."""
         return torch.from_numpy(self.classes)
 
-    def values(self) -> Tensor:
-        """Return the features [n, D], copied, float32."""
-        return self.source.values[torch.from_numpy(self.rows)].float()
+    def values(self, pool: str | None = None) -> Tensor:
+        """Return the features [n, D], copied, float32; those of a smaller pool, if one is named."""
+        source = self.source if pool is None else self.source.select(pool)
+        return source.values[torch.from_numpy(self.rows)].float()
 
     def take(self, kept: np.ndarray) -> "Part":
         """Keep some images, given as a mask or as row numbers of this part."""
@@ -125,7 +124,7 @@ def make_classifier_sets(
     if test is not None:
         choose = _part(val, matched[0].val)
     elif has_choice:
-        is_held_out = _held_out(whole)
+        is_held_out = held_out(train)[whole.rows]
         fit, choose = whole.take(~is_held_out), whole.take(is_held_out)
     return ClassifierSets(
         train=whole, fit=fit, choose=choose, report=reported, class_names=tuple(names), has_test=test is not None
@@ -139,9 +138,17 @@ def join(parts: list[Part]) -> tuple[Tensor, Tensor]:
 
 
 def right_pct(logits: Tensor, targets: Tensor, *, metric: str) -> float:
-    """Accuracy in percent: of all images, or, with `mean_per_class_accuracy`, the mean over the classes that occur."""
+    """Accuracy in percent: of all images, or the mean over the classes that occur; 0 for logits that are not finite.
+
+    Args:
+        logits: [n, C].
+        targets: class of each image, -1 for one that counts as wrong, [n].
+        metric: one of `METRICS`.
+    """
+    if not logits.isfinite().all():
+        return 0.0
     is_right = (logits.argmax(dim=1) == targets).double()
-    if metric == "mean_per_class_accuracy":
+    if metric == METRICS[1]:
         classes, counts = torch.unique(targets, return_inverse=True)[1], torch.unique(targets, return_counts=True)[1]
         return (
             100
@@ -157,22 +164,3 @@ def _labels(features: FeatureSet) -> LabelledSet:
 def _part(source: FeatureSet, classes: np.ndarray) -> Part:
     rows = np.flatnonzero(source.targets >= 0)
     return Part(source=source, rows=rows, classes=classes[rows]).in_own_order()
-
-
-def _held_out(train: Part) -> np.ndarray:
-    """Choose the held-out images, [n] bool; groups without which a class could not be fitted stay."""
-    source = train.source
-    groups = source.group_numbers()
-    keys = source.columns.get("path", source.places) if groups is None else source.columns.get("group", groups)
-    names = [str(key) for key in np.asarray(keys)[train.rows]]
-    is_held_out = in_split(names, "val", val_fraction=HELD_OUT_FRACTION)
-    numbers = np.unique(names, return_inverse=True)[1]
-    is_lacking = ~np.isin(train.classes, train.classes[~is_held_out])
-    is_held_out &= ~np.isin(numbers, numbers[is_lacking])
-    if not is_held_out.any():
-        what = "images" if groups is None else "groups of images"
-        raise DatasetError(
-            f"{source.name}: {numbers.max() + 1} {what} are too few to hold some of each class out to choose by; name "
-            "labelled images to choose on with --val-dataset and those to report on with --test-dataset"
-        )
-    return is_held_out

@@ -21,7 +21,7 @@ import torch
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_first
 from dinov2.errors import ConfigError
-from dinov2.eval.classifier_sets import ClassifierSets, join, make_classifier_sets, right_pct
+from dinov2.eval.classifier_sets import METRICS, ClassifierSets, join, make_classifier_sets, right_pct
 from dinov2.eval.linear_head import HeadDescription, from_fit
 from dinov2.eval.logistic import LogisticFit, LogisticRegression, group_cs
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 NAME = "log_regression"
 C_POWERS = (-6.0, 5.0, 45)  # first and last power of ten, and how many values in even steps
 MAX_ROUNDS = 1000
-METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # the parents' names
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
