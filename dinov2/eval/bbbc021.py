@@ -17,8 +17,9 @@ et al., two treatments are of the same batch if they have the same set of batche
 treatments of any batch. `--many split` gives each batch of a treatment a profile of its own, which is compared with
 other batches only; a treatment then counts with the share of its profiles that are right.
 
-Scores: `nsc_top1_pct` and `nscb_top1_pct`, percent of the treatments; `nsc_mean_per_compound_pct`, every compound
-counting alike; intervals by resampling compounds.
+Scores: `nsc_top1_pct` and `nscb_top1_pct`, percent of the treatments (with `--many split` of their parts, and
+`nscb_whole_top1_pct` of the treatments); `nsc_mean_per_compound_pct`, every compound counting alike; intervals by
+resampling compounds.
 
 Source: Ljosa et al. 2013, doi:10.1177/1087057113503553 (profiles and NSC; means of CellProfiler features: 83 %); Ando
 et al. 2017, doi:10.1101/161422 (NSCB, typical-variation normalisation); Caicedo et al. 2018,
@@ -32,7 +33,7 @@ from dataclasses import replace
 
 from dinov2.eval.program import run_evaluation
 from dinov2.eval.protocol_forms import NSC, NSCB, PLATES, TREATMENTS, WELLS
-from dinov2.eval.protocols import Variant, add_profile_options, pool_of, score_variants, variants_of
+from dinov2.eval.protocols import Variant, add_profile_options, pool_of, refuse_other_sets, score_variants, variants_of
 
 _LEVELS = {"wells": (WELLS, TREATMENTS), "plates": (WELLS, PLATES, TREATMENTS)}
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Mechanism-of-action accuracy on BBBC021: treatments by the most similar one of another compound "
         "(NSC), and of another batch, too (NSCB).",
         add_options=_add_options,
-        check_options=lambda args: _variants(args) and None,
+        check_options=_check_options,
         pool_of=pool_of,
         fit_and_score=lambda inputs: score_variants(inputs, _variants(inputs.args), name="bbbc021"),
         needs_train=False,
@@ -75,6 +76,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="mechanisms that can never be right, as those of one batch in NSCB: left out, or counted as wrong; "
         "default: drop",
     )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    refuse_other_sets(args)
+    _variants(args)
 
 
 def _variants(args: argparse.Namespace) -> list[Variant]:

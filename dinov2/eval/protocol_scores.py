@@ -209,10 +209,11 @@ def _classify(prepared: _Prepared, *, device: torch.device) -> Scored:
     has_right = find_answerable(prepared.labels, prepared.codes())
     hopeless = sorted(set(prepared.labels) - set(prepared.labels[has_right]))
     if len(hopeless) == len(set(prepared.labels)):
-        excluded = " or ".join(protocol.exclude) or "image"
+        several = any(len(values) > 1 for column in protocol.exclude for values in _values(prepared, column))
         raise DatasetError(
-            f"{name}: protocol {protocol.name} can be right for no label ({protocol.label}): each occurs with one "
-            f"{excluded} only, and profiles of the same {excluded} are not compared"
+            f"{name}: protocol {protocol.name} can be right for no label ({protocol.label}): no two profiles of a "
+            f"label differ in {' and '.join(protocol.exclude) or 'image'}"
+            + ("; many=split takes profiles of several values apart" if several else "")
         )
     notes: tuple[str, ...] = _notes_of_hopeless(prepared, hopeless)
     if protocol.unanswerable == "drop":
@@ -251,6 +252,10 @@ def _classify(prepared: _Prepared, *, device: torch.device) -> Scored:
         notes=notes,
         left_out=tuple(hopeless) if protocol.unanswerable == "drop" else (),
     )
+
+
+def _values(prepared: _Prepared, column: str) -> list[list[str]]:
+    return values_of(prepared.profiles, prepared.images.columns[column])
 
 
 def find_answerable(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name="protocols",
         description="Accuracy where images of one plate, slide, patient or compound are not compared with each other.",
         add_options=_add_options,
-        check_options=lambda args: variants_of(args.protocol, args.normalize) and None,
+        check_options=_check_options,
         pool_of=pool_of,
         fit_and_score=lambda inputs: score_variants(
             inputs, variants_of(inputs.args.protocol, inputs.args.normalize), name="protocols"
@@ -65,6 +65,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="what is compared with what: nsc, nscb, leave-one-group-out:column=plate, free, with key=value behind "
         "colons; may be given several times; must be given",
     )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    refuse_other_sets(args)
+    variants_of(args.protocol, args.normalize)
+
+
+def refuse_other_sets(args: argparse.Namespace, *, may_train: bool = False) -> None:
+    """Refuse sets that have no effect: a program of one set takes neither a test set nor, mostly, a training set."""
+    if args.test_dataset:
+        raise ConfigError("--test-dataset has no effect here: nothing is chosen that a test set would have to confirm")
+    if args.train_dataset != args.val_dataset and not may_train:
+        raise ConfigError("--train-dataset has no effect here: the images of --dataset are compared with each other")
 
 
 def add_pool_options(parser: argparse.ArgumentParser) -> None:
@@ -139,16 +152,18 @@ def score_variants(inputs: Inputs, variants: Sequence[Variant], *, name: str) ->
     """
     scored: dict[str, Scored] = {}
     for variant in variants:
-        scored[variant.prefix] = one = score_protocol(
+        scored[variant.prefix] = score_protocol(
             inputs.val, variant.protocol, normalization=variant.normalization, device=inputs.env.device
         )
-        for note in one.notes if not inputs.is_reference else ():
-            logger.warning("%s", note)
+    notes = [] if inputs.is_reference else [note for one in scored.values() for note in one.notes]
+    for note in dict.fromkeys(notes):
+        logger.warning("%s", note)
     if inputs.env.rank == 0 and not inputs.is_reference:
         write_text(Path(inputs.output_dir) / f"profiles_{name}.csv", profiles_as_csv(scored))
     named = {}
     for prefix, one in scored.items():
-        named[f"{prefix}_profile_top1_pct"] = one.accuracy_pct()
+        if one.num_wholes < len(one.profiles):
+            named[f"{prefix}_whole_top1_pct"] = one.accuracy_pct()  # `top1_pct` is that of the parts
         for column in one.protocol.exclude:
             values = [accuracy for _, accuracy in one.accuracy_by(column).values()]
             named[f"{prefix}_mean_per_{column}_pct"] = sum(values) / len(values)

@@ -25,7 +25,7 @@ from dinov2.eval.build import open_eval_dataset
 from dinov2.eval.columns import TARGET
 from dinov2.eval.predictions import Measurements
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
-from dinov2.eval.protocols import add_pool_options, pool_of
+from dinov2.eval.protocols import add_pool_options, pool_of, refuse_other_sets
 from dinov2.eval.retrieval_scores import Retrieved, retrieve
 from dinov2.eval.retrieval_sheet import path_of, write_sheet
 
@@ -70,6 +70,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    refuse_other_sets(args, may_train=True)
     _ks(args)
     _excluded(args)
     if args.num_hits < 1:

@@ -9,9 +9,8 @@ from dinov2.eval.protocol_forms import NSC, NSCB, Level, parse_protocol
 def test_names_stand_for_protocols_and_keys_change_them():
     assert parse_protocol("nsc") == NSC and parse_protocol("nscb") == NSCB
     assert NSCB.exclude == ("compound", "batch") and NSC.exclude == ("compound",)
-    found = parse_protocol(
-        "nscb:label=target:aggregate=mean@plate/well:exclude=none:controls=drug=water:k=5:many=split"
-    )
+    text = "nscb:label=target:aggregate=mean@plate/well:exclude=none:controls=drug=water:k=5:many=split"
+    found = parse_protocol(text)
     assert (found.label, found.exclude, found.controls, found.k) == ("target", (), ("drug", "water"), 5)
     assert found.aggregate == (Level(("plate", "well"), "mean"),) and found.many == "split"
     left_out = parse_protocol("leave-one-group-out:column=patient:classifier=logistic:c=0.1")

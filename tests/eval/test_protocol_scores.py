@@ -235,8 +235,12 @@ def test_missing_columns_and_values_are_named():
 
 def test_labels_that_cannot_be_right_are_an_error_if_there_is_no_other():
     assert sentence(DatasetError, NSC, moa_features(compound=moa_features().columns["moa"])) == (
-        "CELLS: protocol nsc can be right for no label (moa): each occurs with one compound only, and profiles of the "
-        "same compound are not compared"
+        "CELLS: protocol nsc can be right for no label (moa): no two profiles of a label differ in compound"
+    )
+    everywhere = moa_features(batch=np.tile(["Week1", "Week2"], 24))
+    assert sentence(DatasetError, NSCB, everywhere) == (
+        "CELLS: protocol nscb can be right for no label (moa): no two profiles of a label differ in compound and "
+        "batch; many=split takes profiles of several values apart"
     )
     moas = np.where(moa_features().columns["moa"] == "DMSO", "DMSO", "A")
     assert sentence(DatasetError, NSC, moa_features(moa=moas)) == (
