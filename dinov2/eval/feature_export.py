@@ -1,5 +1,6 @@
 """Write features for use elsewhere: NumPy, safetensors or a table."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,9 +77,11 @@ def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be written ({reason}); choose another file") from error
 
 
 def _as_numpy(values: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ Saved, it is `training_metrics.json`: a JSON object a line; those of epochs, whi
 `epoch` in the place of `iteration`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -94,7 +95,8 @@ class History:
                         file.write(json.dumps({per: number, **shown}, allow_nan=False) + "\n")
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise ConfigError(f"{path}: the history cannot be written ({error.strerror})") from error
 
     @classmethod
