@@ -34,6 +34,7 @@ from dinov2.eval.health_scores import Health, measure
 from dinov2.eval.health_views import TwoViews, choose_images
 from dinov2.eval.pooling import PooledBackbone
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
+from dinov2.eval.protocols import add_pool_options, pool_of, refuse_other_sets
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         name="health",
         description="Health of a frozen backbone's features, without labels.",
-        pool_of=lambda cfg, args: args.pool,
+        pool_of=pool_of,
         fit_and_score=_fit_and_score,
         add_options=_add_options,
         check_options=_check_options,
@@ -67,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pool", default="cls", help="which tokens make the features: cls, mean, cls+mean, lastN; default: cls"
-    )
+    add_pool_options(parser)
     parser.add_argument(
         "--num-images",
         type=int,
@@ -97,10 +96,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.train_dataset != args.val_dataset or args.test_dataset:
-        raise ConfigError("health.py looks at one set of images; name it by --dataset alone")
-    if args.pool == "patches":
-        raise ConfigError("--pool patches: health.py compares images, not patches; use cls, mean, cls+mean or lastN")
+    refuse_other_sets(args)
     if args.num_images != 0 and args.num_images < 2:
         raise ConfigError(f"--num-images {args.num_images}: must be at least 2, or 0 for all")
     if args.num_alignment_images < 0:
