@@ -117,6 +117,15 @@ class FSDPCheckpointer(Checkpointer):
         if not self.background:
             self.raise_failure()
 
+    def also_copy_to(self, folder: str | None) -> None:
+        """Copy every complete checkpoint into a second folder, too, and look for checkpoints there; None: do not.
+
+        The folder is made by the first copy if it is not there yet, not again if it vanishes later.
+        """
+        self.copy_to = folder
+        if folder and not os.path.isdir(folder):
+            self._missing_folders.add(folder)
+
     def wait(self) -> None:
         """Return when nothing is being written any more; whether that went well is told by `raise_failure`."""
         if self._writer is not None:

@@ -44,8 +44,8 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
             checkpointer: does the saving.
             period: iterations between saves, >= 1.
             max_iter: iterations of the whole run; the last one is saved whatever the period.
-            max_to_keep: complete checkpoints kept, >= 1, not counting those that `keep_every` and `save_best` keep;
-                None keeps all.
+            max_to_keep: complete checkpoints kept, >= 1, not counting those that `keep_every` keeps, and an older one
+                that is the best; None keeps all.
             keep_every: checkpoints after every so many iterations are never deleted; None spares none.
             period_minutes: minutes after which `minutes_are_over`, > 0; None: never.
             save_best: name of the score by which the best checkpoint is kept; None keeps none for its score.
@@ -62,7 +62,7 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
         self._best: float | None = None
         self._best_is_known = False
         self._is_score_missing = False
-        checkpointer.copy_to = copy_to
+        checkpointer.also_copy_to(copy_to)
         checkpointer.on_complete = self._delete_old
 
     def step(self, iteration: int, **kwargs: Any) -> None:
@@ -158,11 +158,12 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
             if newest not in names:
                 continue  # only what is complete here allows to delete here
             best = _read_best(folder)
-            kept_as_best = best["name"] if best is not None else None
-            candidates = [name for name in names if name != kept_as_best and not self._keeps(files.iteration_of(name))]
+            spared = {best["name"]} if best is not None else set()
+            candidates = [name for name in names if not self._keeps(files.iteration_of(name))]
             try:
                 for name in candidates[: -self.max_to_keep]:
-                    files.remove_checkpoint(folder, name)
+                    if name not in spared:
+                        files.remove_checkpoint(folder, name)
                 files.remove_incomplete(folder, before_iteration=files.iteration_of(newest))
             except OSError as error:
                 logger.warning("cannot delete an old checkpoint in %s: %s", folder, error.strerror)
