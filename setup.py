@@ -14,6 +14,7 @@ CORE = [
     "submitit>=1.5",
     "numpy>=2.0",
     "scikit-learn>=1.5",
+    "scipy>=1.11",
     "pillow>=10.3",
     "pandas>=2.2",
     "safetensors>=0.4.5",

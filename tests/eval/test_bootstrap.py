@@ -27,7 +27,7 @@ def test_intervals_are_those_of_a_slow_reference():
     groups = np.sort(np.random.default_rng(2).integers(30, size=120))
     found = random_predictions(120, 3, groups=groups)
     # the same draws: groups are numbered by their first place, which rises with the group here
-    fast, slow = intervals(found, num_resamples=100), slow_intervals(found, num_resamples=100)
+    fast, slow = intervals(found, num_resamples=40), slow_intervals(found, num_resamples=40)
     assert set(fast) == set(slow) and len(fast) == 11
     for name, span in fast.items():
         assert span == pytest.approx(slow[name]), name
