@@ -172,13 +172,13 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> None:
 
 def _is_kept(path: Path, about: FeatureSet, parts: Mapping[str, str]) -> bool:
     """Say whether there are sound features; if not, the log tells why they are computed. For rank 0."""
-    reason = _what_changed(path, about, parts)
-    if path.exists():
-        damage = why_unusable(path)
-        if damage is None:
-            logger.info("features of %s are taken from %s", about.name, path)
-            return True
+    if not path.exists():
+        reason = _what_changed(path, about, parts)
+    elif damage := why_unusable(path):
         reason = f"{path.name} is not used: {damage}"
+    else:
+        logger.info("features of %s are taken from %s", about.name, path)
+        return True
     logger.info("features of %s are computed%s", about.name, f": {reason}" if reason else "")
     return False
 

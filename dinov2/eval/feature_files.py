@@ -80,7 +80,7 @@ def write_feature_set(path: Path, features: FeatureSet, *, parts: Mapping[str, s
         "columns": {name: _column_to_json(column) for name, column in features.columns.items()},
         "targets": features.targets.tolist(),
     }
-    text = json.dumps(index, allow_nan=False).encode()
+    text = json.dumps(index | {"crc32_of_the_rest": _checksum(index)}, allow_nan=False).encode()
     _replace(index_path(path), lambda file: file.write(text))
 
 
@@ -94,12 +94,11 @@ def why_unusable(path: Path) -> str | None:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 crc = zlib.crc32(chunk, crc)
-        if crc != index["file"]["crc32"]:
+        if crc != index["file"]["crc32"] or index.pop("crc32_of_the_rest") != _checksum(index):
             return "its checksum is wrong"
-        open_feature_set(path)
     except OSError as error:
         return error.strerror or "it cannot be read"
-    except (ValueError, KeyError, TypeError, DatasetError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return f"its index cannot be read ({type(error).__name__})"
     return None
 
@@ -170,6 +169,10 @@ def read_block(path: Path) -> dict[str, Tensor] | None:
         return None
     content, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
     return load(content) if zlib.crc32(content).to_bytes(_CRC_BYTES, "little") == crc else None
+
+
+def _checksum(index: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(index, allow_nan=False).encode())
 
 
 def _header(tensors: Mapping[str, Tensor], **metadata: str) -> bytes:

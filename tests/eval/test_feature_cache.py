@@ -175,7 +175,7 @@ def test_stale_features_are_not_used_and_the_log_says_why(folder, caplog, change
     assert after.digest != before.digest and len(list((folder / "features").glob("*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut", "no index", "broken index"])
+@pytest.mark.parametrize("kind", ["flipped", "cut", "no index", "broken index", "other label"])
 def test_damaged_features_are_not_used(folder, caplog, kind):
     before = features(folder).values.clone()
     (path,) = (folder / "features").glob("*.safetensors")
@@ -190,6 +190,11 @@ def test_damaged_features_are_not_used(folder, caplog, kind):
     elif kind == "no index":
         index_path(path).unlink()
         reason = "No such file or directory"
+    elif kind == "other label":
+        index = json.loads(index_path(path).read_text())
+        index["columns"]["path"]["values"][3] = "another"
+        index_path(path).write_text(json.dumps(index))
+        reason = "its checksum is wrong"
     else:
         index_path(path).write_text("{")
         reason = "its index cannot be read (JSONDecodeError)"
