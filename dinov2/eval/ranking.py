@@ -10,14 +10,15 @@ Shapes: Q queries, G gallery, E columns that exclude, q queries of one block, W 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_varlen, get_rank, get_world_size
 from dinov2.eval.neighbours import NOTHING, Packing, to_grid
 
-_PAIRS_AT_ONCE = 1 << 24  # similarities of one block of queries: 128 MiB
-_QUERIES_AT_ONCE = (16, 512)
+_PAIRS_AT_ONCE = 1 << 24  # that one block of queries keeps: 128 MiB, several times over
+_QUERIES_AT_ONCE = (16, 1024)
 _GALLERY_AT_ONCE = 8192
 
 
@@ -60,7 +61,7 @@ def rank_all(
         that are excluded stand last, with similarity -inf and place 0.
     """
     for rows, keys, packing in _blocks(queries, gallery, excluded=excluded, device=device, num_kept=len(gallery)):
-        yield rows, *_unpack(keys.sort(dim=1, descending=True).values, packing)
+        yield rows, *_unpack(_sorted(keys), packing)
 
 
 def find_nearest(
@@ -107,7 +108,7 @@ def _blocks(
     """Yield (rows, packed neighbours [q, >= num_kept], packing) of this rank's blocks of queries."""
     packing = Packing(max(1, len(gallery) - 1).bit_length())
     fewest, most = _QUERIES_AT_ONCE
-    at_once = min(most, max(fewest, _PAIRS_AT_ONCE // max(1, len(gallery))))
+    at_once = min(most, max(fewest, _PAIRS_AT_ONCE // max(num_kept, _GALLERY_AT_ONCE)))
     for start in range(get_rank() * at_once, len(queries), get_world_size() * at_once):
         rows = slice(start, min(start + at_once, len(queries)))
         gridded, norms = to_grid(queries[rows].to(device))
@@ -122,6 +123,13 @@ def _blocks(
             if keys.shape[1] > num_kept:
                 keys = keys.topk(num_kept, dim=1, sorted=False).values
         yield rows, keys, packing
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Sort each row, largest first. On the CPU NumPy takes a quarter of torch's time, which also finds the places."""
+    if keys.device.type != "cpu":
+        return keys.sort(dim=1, descending=True).values
+    return torch.from_numpy(np.sort(keys.numpy(), axis=1)).flip(1)
 
 
 def _unpack(keys: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:

@@ -224,13 +224,13 @@ def measure_rankings(is_relevant: Tensor) -> Tensor:
     Returns:
         [q, 4] float64.
     """
-    counts = is_relevant.cumsum(dim=1)  # [q, G]
+    counts = is_relevant.cumsum(dim=1, dtype=torch.int32)  # [q, G]
     num_relevant = counts[:, -1]
     ranks = torch.arange(1, is_relevant.shape[1] + 1, device=is_relevant.device)
     precision = torch.where(is_relevant, counts.double() / ranks, 0)
     first = torch.where(num_relevant > 0, is_relevant.int().argmax(dim=1) + 1, 0)
     at_least_one = num_relevant.clamp(min=1)
-    right_in_first = counts.gather(1, (at_least_one - 1)[:, None])[:, 0]
+    right_in_first = counts.gather(1, (at_least_one - 1).long()[:, None])[:, 0]
     average_precision = precision.sum(dim=1) / at_least_one
     r_precision = right_in_first / at_least_one.double()
     return torch.stack([num_relevant.double(), first.double(), average_precision, r_precision], dim=1)
