@@ -167,6 +167,7 @@ def test_a_second_folder_holds_copies_and_is_resumed_from(tmp_path, caplog):
     assert again.resume()["iteration"] == 6 and again.checkpointer.loaded.folder == second
 
 
+@pytest.mark.integration
 def test_a_kill_before_or_after_every_change_of_the_folder_loses_nothing(tmp_path):
     """Killed at the n-th change, for every n: the next start finds a sound checkpoint and leaves no orphans."""
     options = {"period": 1, "max_to_keep": 1, "copy_to": str(tmp_path / "copy"), "save_best": "score"}
@@ -196,6 +197,7 @@ def test_a_kill_before_or_after_every_change_of_the_folder_loses_nothing(tmp_pat
             assert all(checkpoint_format.verify_checkpoint(tmp_path / folder, name) == [] for name in complete)
         resumed.resume()
         assert same(resumed.train(3).contents(), straight.contents()), number
+    print(f"{number - 1} kills")
     assert number > 30 and find_checkpoints(tmp_path / "run") == ["model_0000001", "model_0000002"]
 
 
