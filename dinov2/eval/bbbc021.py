@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_options=_add_options,
         check_options=_check_options,
         pool_of=pool_of,
-        fit_and_score=lambda inputs: score_variants(inputs, _variants(inputs.args), name="bbbc021"),
+        fit_and_score=lambda inputs: score_variants(inputs, _variants(inputs.args), rows="treatments"),
         needs_train=False,
     )
 

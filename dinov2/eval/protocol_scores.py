@@ -57,8 +57,12 @@ class Scored:
         """[p] bool."""
         return (self.scores.argmax(axis=1) == self.targets) & self.has_right
 
-    def predictions(self) -> Predictions:
-        """Return the profiles as rows of metrics; their groups are the values of the first excluded column."""
+    def predictions(self, *, rows: str = "profiles") -> Predictions:
+        """Return the profiles as rows of metrics; their groups are the values of the first excluded column.
+
+        Args:
+            rows: what the profiles are, plural, for the screen.
+        """
         groups = self.excluding[self.protocol.exclude[0]] if self.protocol.exclude else None
         return Predictions(
             name=self.name,
@@ -68,6 +72,15 @@ class Scored:
             groups=None if groups is None else np.unique(groups, return_inverse=True)[1],
             places=self.places,
             paths=self.profiles.names,
+            columns={
+                **self.excluding,
+                "target": self.labels,
+                "nearest": np.where(self.nearest < 0, "", self.profiles.names[self.nearest]),
+                "nearest_target": np.where(self.nearest < 0, "", self.labels[self.nearest]),
+                "similarity": self.similarity,
+                "num_images": np.array([len(images) for images in self.profiles.members]),
+            },
+            rows=rows,
         )
 
     @property

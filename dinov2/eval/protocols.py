@@ -7,20 +7,17 @@ For data that come in plates, slides, patients or parts: images of one group loo
 do with their labels, so a group must not be scored by itself. How a protocol is written stands in
 `dinov2.eval.protocol_forms`, the steps of normalisation in `dinov2.eval.profile_normalization`.
 
-Nearest profile of each: `profiles_NAME.csv`. Every protocol and normalisation has scores under a prefix of its own.
+Every protocol and normalisation has scores under a prefix of its own, and a table `predictions_protocols_PREFIX.csv`
+with the profile most similar to each.
 """
 
 import argparse
-import csv
-import io
 import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from dinov2.checkpoint_format import write_text
 from dinov2.configs import Config
 from dinov2.errors import ConfigError
 from dinov2.eval.profile_normalization import Step, parse_steps
@@ -50,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_options=_check_options,
         pool_of=pool_of,
         fit_and_score=lambda inputs: score_variants(
-            inputs, variants_of(inputs.args.protocol, inputs.args.normalize), name="protocols"
+            inputs, variants_of(inputs.args.protocol, inputs.args.normalize), rows="profiles"
         ),
         needs_train=False,
     )
@@ -142,13 +139,13 @@ def variants_of(protocols: Sequence[str | Protocol] | None, normalizations: Sequ
     return variants
 
 
-def score_variants(inputs: Inputs, variants: Sequence[Variant], *, name: str) -> Outcome:
+def score_variants(inputs: Inputs, variants: Sequence[Variant], *, rows: str) -> Outcome:
     """Score all variants; called by all ranks.
 
     Args:
         inputs: features of the images are `val`.
         variants: at least one.
-        name: of the program, for its file of profiles.
+        rows: what the profiles are, plural, for the screen.
     """
     scored: dict[str, Scored] = {}
     for variant in variants:
@@ -158,8 +155,6 @@ def score_variants(inputs: Inputs, variants: Sequence[Variant], *, name: str) ->
     notes = [] if inputs.is_reference else [note for one in scored.values() for note in one.notes]
     for note in dict.fromkeys(notes):
         logger.warning("%s", note)
-    if inputs.env.rank == 0 and not inputs.is_reference:
-        write_text(Path(inputs.output_dir) / f"profiles_{name}.csv", profiles_as_csv(scored))
     named = {}
     for prefix, one in scored.items():
         if one.num_wholes < len(one.profiles):
@@ -169,7 +164,7 @@ def score_variants(inputs: Inputs, variants: Sequence[Variant], *, name: str) ->
             named[f"{prefix}_mean_per_{column}_pct"] = sum(values) / len(values)
     return Outcome(
         predictions=None,
-        further={prefix: one.predictions() for prefix, one in scored.items()},
+        further={prefix: one.predictions(rows=rows) for prefix, one in scored.items()},
         named_scores=named,
         table=format_table(scored, variants),
         details={
@@ -200,33 +195,6 @@ def format_table(scored: Mapping[str, Scored], variants: Sequence[Variant]) -> s
             f"{one.accuracy_pct():>8.2f}  {', '.join(means)}"
         )
     return "\n".join(lines)
-
-
-def profiles_as_csv(scored: Mapping[str, Scored]) -> str:
-    """Write a line for each profile: what it is, what it was taken for, and the profile most similar to it."""
-    columns = list(dict.fromkeys(column for one in scored.values() for column in one.protocol.exclude))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = ["scores", "profile", *columns, "label", "predicted", "right", "nearest", "nearest_label", "similarity"]
-    writer.writerow([*names, "num_images"])
-    for prefix, one in scored.items():
-        for row, name in enumerate(one.profiles.names):
-            place = int(one.nearest[row])
-            nearest = (
-                ("", "", "")
-                if place < 0
-                else (
-                    one.profiles.names[place],
-                    one.labels[place],
-                    f"{one.similarity[row]:.6f}",
-                )
-            )
-            values = [one.excluding[column][row] if column in one.excluding else "" for column in columns]
-            predicted = one.class_names[int(one.scores[row].argmax())]
-            is_right = int(one.is_right[row])
-            num_images = len(one.profiles.members[row])
-            writer.writerow([prefix, name, *values, one.labels[row], predicted, is_right, *nearest, num_images])
-    return text.getvalue()
 
 
 if __name__ == "__main__":

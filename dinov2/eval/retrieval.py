@@ -118,7 +118,7 @@ def _fit_and_score(inputs: Inputs) -> Outcome:
     return Outcome(
         predictions=None,
         measurements=_measurements(retrieved, ks) if has_labels else None,
-        named_scores=retrieved.scores(ks),
+        named_scores={name: score for name, score in retrieved.scores(ks).items() if name not in retrieved.values(ks)},
         table=format_table(retrieved, ks),
         details={
             "n_queries": len(retrieved.queries),
@@ -139,6 +139,7 @@ def _measurements(retrieved: Retrieved, ks: Sequence[int]) -> Measurements:
         places=queries.places,
         groups=queries.group_numbers(),
         paths=None if "path" not in queries.columns else np.asarray(queries.columns["path"]).astype(str),
+        rows="queries",
     )
 
 

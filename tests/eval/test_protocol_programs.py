@@ -72,13 +72,13 @@ def test_bbbc021_reports_nsc_and_nscb_with_their_rules(screen, tmp_path, capsys)
     assert set(of_nscb["by_batch"]) == {"Week1", "Week2", "Week1 + Week2"}
     for prefix in ("nsc", "nscb", "nsc_pca_4", "nscb_pca_4"):
         assert 0 <= found[f"{prefix}_top1_pct"] <= 100 and 0 <= found[f"{prefix}_mean_per_compound_pct"] <= 100
-    with (tmp_path / "profiles_bbbc021.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["scores"] == "nscb"]
-    assert [row["profile"] for row in rows][:2] == ["cytochalasin B 10", "epothilone B 0.3"]
-    right = [int(row["right"]) for row in rows]
+    with (tmp_path / "predictions_bbbc021_nscb.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows][:2] == ["cytochalasin B 10", "epothilone B 0.3"]
+    right = [row["nearest_target"] == row["target"] for row in rows]
     assert found["nscb_top1_pct"] == pytest.approx(100 * sum(right) / len(right))
     for row in rows:
-        assert row["compound"] not in row["nearest"] and row["label"] != "DMSO"
+        assert row["compound"] not in row["nearest"] and row["target"] != "DMSO"
     captured = capsys.readouterr()
     assert "nscb_pca_4" in captured.out
     assert (
@@ -127,7 +127,7 @@ def test_two_processes_give_the_same(screen, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (results(tmp_path / name, "bbbc021") for name in ("one", "two"))
     assert one["protocols"] == two["protocols"] and one["nscb_top1_pct"] == two["nscb_top1_pct"]
-    files = [(tmp_path / name / "profiles_bbbc021.csv").read_text() for name in ("one", "two")]
+    files = [(tmp_path / name / "predictions_bbbc021_nscb.csv").read_text() for name in ("one", "two")]
     assert files[0] == files[1]
 
 
