@@ -10,6 +10,7 @@ from dinov2.checkpoint_format import to_plain
 
 _CHUNK_BYTES = 128 << 20  # a power of two: pinned memory is handed out in such sizes
 _ALIGNMENT_BYTES = 64
+_LEAVES = frozenset((int, float, str, bool, type(None)))
 
 
 class HostBuffers:
@@ -66,6 +67,8 @@ class _Place(str):
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Copy nested data with a `_Place` for every tensor, and collect the tensors by path."""
+    if type(value) in _LEAVES:  # nearly all values: training waits for this
+        return value
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
         return _Place(path)
@@ -78,9 +81,9 @@ def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, _Place):
+    if type(value) is _Place:
         return tensors[value]
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [_with_tensors(item, tensors) for item in value]
