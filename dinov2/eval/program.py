@@ -19,7 +19,7 @@ from dinov2.errors import ConfigError
 from dinov2.eval.build import build_datasets, open_eval_dataset, require_separate
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_set import FeatureSet
-from dinov2.eval.options import config_from_options, get_args_parser, make_output_dir
+from dinov2.eval.options import add_features_options, config_from_options, get_args_parser, make_output_dir
 from dinov2.eval.outcome import Inputs, Outcome
 from dinov2.eval.write_report import write_report
 from dinov2.logging import run_program, setup_logging
@@ -88,15 +88,7 @@ def add_program_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="network to take from --compare-to where it holds several; default: that of --checkpoint-key",
     )
-    parser.add_argument(
-        "--features-dir", metavar="D", help="folder where features are kept and found; default: OUTPUT_DIR/features"
-    )
-    parser.add_argument(
-        "--features-dtype",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="numbers of the features that are kept; default: fp32",
-    )
+    add_features_options(parser)
     parser.add_argument(
         "--num-bootstrap",
         type=int,
