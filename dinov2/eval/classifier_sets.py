@@ -3,8 +3,8 @@
     with a test set      fitted on train, chosen on val, reported on test, once
     without              a fifth of the training set is held out to choose by; reported on val
 
-See `dinov2.eval.held_out` for how it is drawn. The rows of each part are put into an order of their own contents; so
-the order of the files does not show in what is fitted.
+See `dinov2.eval.held_out` for how it is drawn. What is fitted on is put into an order of its own contents; so the
+order of the files does not show in the result.
 
 Shapes: n images of a part, D features.
 """
@@ -118,7 +118,7 @@ def make_classifier_sets(
         for note in dict.fromkeys(note for classes in matched for note in classes.notes):
             logger.warning("%s", note)
     names = [labelled[0].describe([label]) for label in labelled[0].labels()]
-    whole = _part(train, matched[0].train)
+    whole = _part(train, matched[0].train).in_own_order()
     reported = _part(val if test is None else test, matched[-1].val)
     fit, choose = whole, whole.take(np.zeros(0, dtype=np.int64))
     if test is not None:
@@ -133,7 +133,7 @@ def make_classifier_sets(
 
 def join(parts: list[Part]) -> tuple[Tensor, Tensor]:
     """Features [n, D] and classes [n] of all images of some parts whose class the training set has."""
-    known = [part.take(part.classes >= 0) for part in parts]
+    known = [part.take(part.classes >= 0).in_own_order() for part in parts]
     return torch.cat([part.values() for part in known]), torch.cat([part.targets for part in known])
 
 
@@ -163,4 +163,4 @@ def _labels(features: FeatureSet) -> LabelledSet:
 
 def _part(source: FeatureSet, classes: np.ndarray) -> Part:
     rows = np.flatnonzero(source.targets >= 0)
-    return Part(source=source, rows=rows, classes=classes[rows]).in_own_order()
+    return Part(source=source, rows=rows, classes=classes[rows])
