@@ -77,7 +77,7 @@ def _row(retrieved: Retrieved, query: int, *, queries: Any, gallery: Any, num_sh
     caption = path_of(retrieved.queries, query)
     if retrieved.has_relevant[query]:
         caption += f"   average precision {100 * retrieved.average_precision[query]:.1f} %"
-        caption += f", first right at rank {retrieved.first_rank[query]} of {retrieved.num_relevant[query]} to find"
+        caption += f", first right at rank {retrieved.first_rank[query]}, {retrieved.num_relevant[query]} to find"
     return Row(caption, cells)
 
 
