@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.training import ELASTIC_RUN, losses_of, metrics_of, train, train_in_turns, train_on_ranks
 
+from dinov2.checkpoint_format import StoredCheckpoint
+
 STEPS, STOP = 5, 3
 # One start of the ranks for each number of them: processes before, processes after, sharding before, sharding after.
 MOVES = {
@@ -58,3 +60,21 @@ def test_the_global_batch_is_kept_where_the_config_gives_that_of_a_process(tmp_p
     assert train(tmp_path, *options, "train.max_steps=1") == 0
     train_in_turns([(tmp_path, [*options, "train.max_steps=2"])])
     assert [row["current_batch_size"] for row in metrics_of(tmp_path)] == [12, 12]
+
+
+@pytest.mark.dist
+def test_one_process_starts_from_a_checkpoint_of_two(tmp_path):
+    two, still = tmp_path / "two", ("optim.base_lr=0", "optim.min_lr=0", "teacher.momentum_teacher=1")
+    train_in_turns([(two, [*ELASTIC_RUN, "compute_precision.sharding_strategy=FULL_SHARD", "train.max_steps=2"])])
+    saved = StoredCheckpoint.open(two, "model_0000001").model
+
+    state = f"train.resume_path={two}/model_0000001.rank_{{rank}}.pth"
+    assert train(tmp_path / "state", *ELASTIC_RUN, state, *still, "train.max_steps=3") == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path / "state")] == [2]
+    weights = f"MODEL.WEIGHTS={two}/model_0000001.rank_1.pth"
+    assert train(tmp_path / "weights", *ELASTIC_RUN, weights, *still, "train.max_steps=1") == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path / "weights")] == [0]
+    for folder, name in (("state", "model_0000002"), ("weights", "model_0000000")):
+        started = StoredCheckpoint.open(tmp_path / folder, name).model
+        for key in saved:
+            assert torch.equal(saved[key].read_all(), started[key].read_all()), key

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.training import PROGRAM, TINY_RUN, assert_same_state, metrics_of, train
 
-TIME_LIMIT_S = 60  # for a loaded machine; what is waited for takes a few seconds
+TIME_LIMIT_S = 180  # for a loaded machine; what is waited for takes a few seconds
 
 SLOW_DATASET = """
     import os, time
