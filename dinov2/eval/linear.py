@@ -175,7 +175,7 @@ def _fit_and_score(inputs: Inputs) -> Outcome:
             "pool": candidate.pool,
             "chosen_on": sets.description,
             "val_metric_type": args.val_metric_type,
-            "features": args.features,
+            "trained_on": f"{args.features} features",
             "total_steps": grid.total_steps,
             "train_batch_size": args.train_batch_size,
             "sweep": [

@@ -99,7 +99,7 @@ def test_log_regression_chooses_c_and_saves_what_it_reports(shared, tmp_path, ca
 def test_linear_chooses_a_classifier_and_saves_what_it_reports(shared, tmp_path, capsys):
     assert linear(arguments(shared, tmp_path, *SHORT)) == 0
     found = results(tmp_path, "linear")
-    assert len(found["sweep"]) == 8 and found["total_steps"] == 8 and found["features"] == "cached"
+    assert len(found["sweep"]) == 8 and found["total_steps"] == 8 and found["trained_on"] == "cached features"
     best = max(found["sweep"], key=lambda entry: entry["choosing_pct"])["classifier"]
     assert found["best_classifier"] == best and found["top1_pct"] > 20
     assert f"{best} chosen of 8 by " in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_linear_goes_on_from_a_saved_state(shared, tmp_path, capsys):
     args = arguments(shared, tmp_path, *options)
     assert linear(args) == 0
     whole = results(tmp_path, "linear")
-    assert whole["features"] == "augmented"
+    assert whole["trained_on"] == "augmented features"
     capsys.readouterr()
     assert linear(args) == 0
     assert "goes on from step=8 of=8" in capsys.readouterr().err
