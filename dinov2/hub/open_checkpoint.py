@@ -35,7 +35,7 @@ def open_checkpoint(path: Path) -> WeightsFile:
         foreign = _open_foreign(path, folder, name)
         if foreign is not None:
             return foreign
-        raise _damaged(folder, name, error) from error
+        raise explain_damage(folder, name, error) from error
     state = {key: stored_tensor(stored, pieces) for key, pieces in stored.model.items()}
     states, other_parts = split_by_network(state)
     world_size = stored.manifest.world_size
@@ -55,7 +55,7 @@ def stored_tensor(
         try:
             return pieces.read(first_row, num_rows)
         except files.DamagedCheckpointError as error:
-            raise _damaged(stored.folder, stored.name, error) from error
+            raise explain_damage(stored.folder, stored.name, error) from error
 
     return StoredTensor(torch.Size(shape), pieces.dtype, read)
 
@@ -96,6 +96,7 @@ def _open_foreign(path: Path, folder: Path, name: str) -> WeightsFile | None:
     return None if is_ours else torch_file(file, content)
 
 
-def _damaged(folder: Path, name: str, error: files.DamagedCheckpointError) -> CheckpointError:
+def explain_damage(folder: Path, name: str, error: files.DamagedCheckpointError) -> CheckpointError:
+    """Say what is wrong with a checkpoint and which other one there is."""
     others = [other for other in files.find_checkpoints(folder) if other != name]
     return CheckpointError(f"{folder}/{error}" + (f"; the folder also has {others[-1]}" if others else ""))

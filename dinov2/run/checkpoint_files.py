@@ -6,6 +6,7 @@ from typing import Any
 
 from dinov2 import checkpoint_format as files
 from dinov2.errors import CheckpointError
+from dinov2.hub.open_checkpoint import explain_damage
 
 CHECKPOINT_HELP = (
     "checkpoint of a run: RUN/model_0003749, one of its rank files, its manifest, or the folder RUN, "
@@ -41,7 +42,7 @@ def open_stored(path: str) -> files.StoredCheckpoint:
     try:
         return files.StoredCheckpoint.open(folder, name)
     except files.DamagedCheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
+        raise explain_damage(folder, name, error) from error
 
 
 def read_settings(text: str) -> dict[str, Any]:

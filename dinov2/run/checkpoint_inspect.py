@@ -10,6 +10,7 @@ from dinov2.configs import load_config, to_dict
 from dinov2.hub.report import format_count
 from dinov2.run.checkpoint_files import flatten, format_bytes, format_columns, format_plural, read_settings
 
+_MAX_ITEMS = 3  # of a list, shown on the screen
 _SHOWN_ITSELF = ("iteration", "metrics")
 
 
@@ -77,6 +78,8 @@ def _join(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) > _MAX_ITEMS:
+        return f"{value[0]}... ({len(value)})"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
