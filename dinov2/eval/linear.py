@@ -172,7 +172,7 @@ def _fit_and_score(inputs: Inputs) -> Outcome:
         f"{sets.description}",
         details={
             "best_classifier": candidate.name,
-            "pool": candidate.pool,
+            "best_pool": candidate.pool,
             "chosen_on": sets.description,
             "val_metric_type": args.val_metric_type,
             "trained_on": f"{args.features} features",
