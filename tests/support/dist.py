@@ -3,25 +3,26 @@
 The function lives at the top level of a test file, is called as `function(**args)` on every rank with the process
 group up, and returns what `torch.load(weights_only=True)` reads: tensors, numbers, strings, lists, dicts.
 
-Importing PyTorch takes most of such a test, so the ranks are forked from one fresh process that has imported it, with
-the environment variables that torchrun would set; `launcher="torchrun"` uses torchrun itself.
+Importing PyTorch takes most of such a test, so the ranks are forked from one fresh process that has imported it;
+`launcher="torchrun"` uses torchrun itself.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.fork_server import ForkedRanks
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -50,8 +51,7 @@ def run_distributed(
     """
     file, name = _locate(function)
     with tempfile.TemporaryDirectory() as folder:
-        command = [__file__, "--file", str(file), "--function", name, "--args", json.dumps(args or {})]
-        command += ["--out", folder]
+        command = _command(file, name, args=args, out=folder)
         if launcher == "torchrun":
             process = launch(command, num_processes=num_processes, env=env, log_dir=folder, timeout_s=timeout_s)
         else:
@@ -61,6 +61,26 @@ def run_distributed(
             raise AssertionError(f"{name} failed on {num_processes} processes\n{_rank_logs(folder)}\n{process.stderr}")
         paths = [Path(folder) / f"rank_{rank}.pt" for rank in range(num_processes)]
         return [torch.load(path, weights_only=True) for path in paths]
+
+
+def run_alone(function: Callable[..., Any], *, args: dict[str, Any] | None = None, timeout_s: float = 120) -> Any:
+    """Run `function` in one fresh process, without a process group, and return its result; it may fork ranks itself.
+
+    Args:
+        function: a top-level function of a test file.
+        args: keyword arguments, as JSON can hold them.
+        timeout_s: the process is ended after this time.
+
+    Raises:
+        AssertionError: it failed or did not end; the message holds what it wrote.
+    """
+    file, name = _locate(function)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *_command(file, name, args=args, out=folder), "--alone"]
+        process = _run(command, env=None, log_dir=folder, timeout_s=timeout_s)
+        if process.returncode != 0:
+            raise AssertionError(f"{name} failed\n{process.stdout}\n{process.stderr}")
+        return torch.load(Path(folder) / "rank_0.pt", weights_only=True)
 
 
 def launch(
@@ -78,6 +98,10 @@ def launch(
     return _run([*torchrun, *command], env=env, log_dir=log_dir, timeout_s=timeout_s)
 
 
+def _command(file: Path, function: str, *, args: dict[str, Any] | None, out: str) -> list[str]:
+    return [__file__, "--file", str(file), "--function", function, "--args", json.dumps(args or {}), "--out", out]
+
+
 def _run(
     command: list[str], *, env: dict[str, str] | None, log_dir: str | None, timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
@@ -89,7 +113,7 @@ def _run(
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.terminate()  # both launchers end their ranks then
+        process.terminate()  # all launchers end their ranks then
         stdout, stderr = process.communicate()
         logs = _rank_logs(log_dir) if log_dir is not None else ""
         raise AssertionError(f"{command} did not end within {timeout_s} s\n{logs}\n{stderr}") from None
@@ -108,68 +132,22 @@ def _rank_logs(folder: str) -> str:
     return "\n".join(sorted(parts))
 
 
-def _run_rank(function: Callable[..., Any], options: argparse.Namespace) -> None:
+def _run_rank(function: Callable[..., Any], options: argparse.Namespace) -> int:
     from dinov2 import distributed
 
     environment = distributed.init("cpu", timeout_s=60)
     result = function(**json.loads(options.args))
     torch.save(result, Path(options.out) / f"rank_{environment.rank}.pt")
     distributed.shutdown()
+    return 0
 
 
 def _fork_ranks(function: Callable[..., Any], options: argparse.Namespace) -> int:
-    """Fork the ranks, serve their meeting point, and end all as soon as one fails."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimiser imports much; once is enough
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    os.environ |= {
-        "WORLD_SIZE": str(options.num_processes),
-        "LOCAL_WORLD_SIZE": str(options.num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(listener.getsockname()[1]),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process serves the store, rank 0 does not
-    }
-    pids = [_fork_rank(rank, function, options) for rank in range(options.num_processes)]
-    signal.signal(signal.SIGTERM, lambda *_: [_kill(pid) for pid in pids])
-    port = listener.getsockname()[1]
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach())
-    failed = 0
-    for _ in pids:
-        failed_now = os.waitstatus_to_exitcode(os.wait()[1])
-        if failed_now and not failed:
-            failed = 1
-            for pid in pids:
-                _kill(pid)
-    del store
-    return failed
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def _fork_rank(rank: int, function: Callable[..., Any], options: argparse.Namespace) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    log = os.open(Path(options.out) / f"rank_{rank}.std.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    status = 1
-    try:
-        _run_rank(function, options)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    """Fork the ranks, and end all as soon as one fails or this process is told to."""
+    run = functools.partial(_run_rank, function, options)
+    with ForkedRanks(run, num_processes=options.num_processes, log_dir=Path(options.out)) as ranks:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        return 0 if ranks.end_with_the_first_failure() else 1
 
 
 def _main() -> int:
@@ -177,6 +155,7 @@ def _main() -> int:
     for option in ("--file", "--function", "--args", "--out"):
         parser.add_argument(option, required=True)
     parser.add_argument("--num-processes", type=int, help="fork so many ranks; torchrun has started them otherwise")
+    parser.add_argument("--alone", action="store_true", help="there are no ranks")
     options = parser.parse_args()
     spec = importlib.util.spec_from_file_location("distributed_test", options.file)
     module = importlib.util.module_from_spec(spec)
@@ -185,8 +164,10 @@ def _main() -> int:
     function = getattr(module, options.function)
     if options.num_processes:
         return _fork_ranks(function, options)
-    _run_rank(function, options)
-    return 0
+    if options.alone:
+        torch.save(function(**json.loads(options.args)), Path(options.out) / "rank_0.pt")
+        return 0
+    return _run_rank(function, options)
 
 
 if __name__ == "__main__":
