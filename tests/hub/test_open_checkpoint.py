@@ -1,6 +1,5 @@
 """Checkpoints of training runs: whole networks from any number of rank files, checked; the parents' are recognised."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +34,11 @@ def sentence(path):
     with pytest.raises(CheckpointError) as caught:
         open_weights(path)
     return str(caught.value)
+
+
+def damage(path):
+    """Say what is wrong with a small file, which is summed up as a whole."""
+    return f"{path}: bytes 0 to {path.stat().st_size - 1} do not match their checksum"
 
 
 def flip_byte(path, tensor):
@@ -92,12 +96,11 @@ def test_rows_are_put_together_from_all_ranks_and_checked(saved):
     path = folder / "model_0000003.rank_2.pth"
     name = "teacher.backbone.blocks.0.linear.weight"
     flip_byte(path, torch.load(path, weights_only=True)["model"][name])
-    stored = open_weights(folder / "model_0000003").states["teacher"][name.removeprefix("teacher.")]
-    with pytest.raises(CheckpointError) as caught:
-        stored.read()
-    assert str(caught.value) == f"{path}: model/{name} does not match its checksum"
+    assert sentence(folder / "model_0000003") == damage(path)
     path.unlink()
-    assert sentence(folder / "model_0000003") == f"{folder}/model_0000003: 3 of 4 rank files found"
+    assert sentence(folder / "model_0000003") == (
+        f"{folder}/model_0000003: 3 of 4 rank files found, model_0000003.rank_2.pth is missing"
+    )
 
 
 @pytest.mark.dist
@@ -124,11 +127,7 @@ def test_changed_contents_are_noticed_when_read(tmp_path):
     save(str(tmp_path))
     path = tmp_path / "model_0000003.rank_0.pth"
     flip_byte(path, networks()["teacher"]["head"].mlp.weight)
-    state = open_weights(path).states["teacher"]
-    assert torch.equal(state["head.mlp.bias"].read(), networks()["teacher"]["head"].mlp.bias)
-    with pytest.raises(CheckpointError) as caught:
-        state["head.mlp.weight"].read()
-    assert str(caught.value) == f"{path}: model/teacher.head.mlp.weight does not match its checksum"
+    assert sentence(path) == damage(path)
 
 
 def test_parts_that_do_not_make_the_whole_are_refused(tmp_path):
@@ -136,20 +135,25 @@ def test_parts_that_do_not_make_the_whole_are_refused(tmp_path):
     path = tmp_path / "model_0000003.rank_0.pth"
     data = torch.load(path, weights_only=True)
     name = "teacher.head.mlp.weight"
-    data["layout"][name]["global_shape"] = (8, 6)
+    data["layout"][f"model/{name}"]["global_shape"] = [8, 6]
     rewrite(tmp_path, data)
-    assert sentence(path) == f"{tmp_path}/model_0000003: the parts of {name} do not make the whole [8, 6]"
-    del data["model"][name]
-    rewrite(tmp_path, data)
-    assert sentence(path) == f"{path}: has no {name}, which is in the layout of rank 0"
+    assert sentence(path) == f"{tmp_path}/model_0000003: the parts of model/{name} do not make the whole [8, 6]"
 
 
 def rewrite(folder, data):
     record = checkpoint_format.write_rank_file(folder, name="model_0000003", rank=0, data=data)
     checkpoint_format.publish_rank_file(folder, name="model_0000003", rank=0)
-    manifest = json.loads((folder / "model_0000003.manifest.json").read_text())
-    manifest["files"] = {"model_0000003.rank_0.pth": {"size_bytes": record.size_bytes, "crc32": record.crc32}}
-    (folder / "model_0000003.manifest.json").write_text(json.dumps(manifest))
+    manifest = checkpoint_format.Manifest(**MANIFEST, files={"model_0000003.rank_0.pth": record})
+    checkpoint_format.write_manifest(folder, manifest)
+
+
+MANIFEST = {
+    "name": "model_0000003",
+    "iteration": 3,
+    "world_size": 1,
+    "sharding_strategy": "NO_SHARD",
+    "config_digest": "",
+}
 
 
 def test_a_rank_file_alone_is_refused(tmp_path):

@@ -36,7 +36,7 @@ def save_as_dinov3_does(folder):
     for name in ("student", "teacher"):
         for module in model[name].values():
             fsdp.shard(module, strategy="FULL_SHARD")
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     for param in model.parameters():
         param.grad = torch.zeros_like(param) if param.requires_grad else None
     optimizer.step()
@@ -54,11 +54,10 @@ def test_a_checkpoint_of_several_processes_gives_whole_networks(tmp_path):
     assert weights.extra_keys == ("centre", "iteration", "optimizer")
     assert list(weights.states) == ["teacher", "student"]
     for network, state in weights.states.items():
-        expected = {name: t.detach() * (1 - 1e-5) for name, t in networks()[network].state_dict().items()}
+        expected = networks()[network].state_dict()
         assert state.keys() == expected.keys()
         for name, stored in state.items():
-            assert stored.shape == expected[name].shape
-            torch.testing.assert_close(stored.read(), expected[name].to(stored.dtype), rtol=1e-4, atol=0)
+            assert stored.shape == expected[name].shape and torch.equal(stored.read(), expected[name]), name
 
 
 @pytest.fixture
