@@ -318,8 +318,9 @@ def _summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:
         plot_training_curves(output_dir / METRICS_NAME, output_dir / CURVES_NAME, start_scores=before)
     for name in after:
         if name in before:
-            gain = after[name] - before[name]
-            logger.info("%s start=%.2f end=%.2f gain=%+.2f", name, before[name], after[name], gain)
+            difference = after[name] - before[name]
+            word = "gain" if name.endswith("_pct") else "change"  # some measures are better when they are lower
+            logger.info("%s start=%.2f end=%.2f %s=%+.2f", name, before[name], after[name], word, difference)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from dinov2.errors import DatasetError
 from dinov2.logging import plot_training_curves
+from dinov2.logging.curves import draw_curves
 
 
 def write(path, num_steps):
@@ -36,3 +38,19 @@ def test_no_metrics_no_picture(tmp_path):
     (tmp_path / "empty.json").write_text("")
     with pytest.raises(DatasetError, match="holds no metrics to draw"):
         plot_training_curves(tmp_path / "empty.json", tmp_path / "curves.png")
+
+
+HEALTH = {"rankme": 9.0, "effective_rank": 8.0, "uniformity": -1.0, "alignment": 0.3, "nn_overlap_with_start_pct": 60.0}
+
+
+def test_measures_of_health_have_panels_and_the_ranks_share_one(monkeypatch, tmp_path):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, **style: titles.append(title))
+    curves = {name: (np.arange(1, 4), np.full(3, value)) for name, value in HEALTH.items()}
+    draw_curves(curves, tmp_path / "curves.png")
+    assert titles == [
+        "directions in use",
+        "uniformity (0 = collapsed)",
+        "alignment of two views (lower = stabler)",
+        "neighbours kept since the start, %",
+    ]
