@@ -48,7 +48,15 @@ EXTRAS = {
 }
 PROGRAMS = [
     "dinov2-train = dinov2.train.train:main",
+    "dinov2-eval-bbbc021 = dinov2.eval.bbbc021:main",
+    "dinov2-eval-features = dinov2.eval.features:main",
+    "dinov2-eval-health = dinov2.eval.health:main",
     "dinov2-eval-knn = dinov2.eval.knn:main",
+    "dinov2-eval-linear = dinov2.eval.linear:main",
+    "dinov2-eval-log-regression = dinov2.eval.log_regression:main",
+    "dinov2-eval-protocols = dinov2.eval.protocols:main",
+    "dinov2-eval-retrieval = dinov2.eval.retrieval:main",
+    "dinov2-checkpoint = dinov2.run.checkpoint:main",
     "dinov2-inspect-weights = dinov2.run.inspect_weights:main",
     "dinov2-export = dinov2.run.export:main",
     "dinov2-check-data = dinov2.run.check_data:main",
