@@ -98,12 +98,12 @@ def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def draw_sheet(rows: Sequence[Row], *, heading: Sequence[str]) -> Image.Image:
-    """Draw all rows below some lines of heading."""
+def draw_sheet(rows: Sequence[Row], *, heading: Sequence[str], cell_px: int = CELL) -> Image.Image:
+    """Draw all rows below some lines of heading; each picture is fitted into a square of `cell_px`."""
     num_cells = max(len(row.cells) for row in rows)
-    width = _GAP + max(num_cells, 3) * (CELL + _GAP)
+    width = _GAP + max(num_cells, 3) * (cell_px + _GAP)
     top = _GAP + _LINE * len(heading) + _GAP
-    row_height = _LINE + CELL + _LINE + 2 * _GAP
+    row_height = _LINE + cell_px + _LINE + 2 * _GAP
     alarm_height = 2 * _LINE + _GAP
     height = top + sum(row_height if row.cells else alarm_height for row in rows)
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -116,12 +116,12 @@ def draw_sheet(rows: Sequence[Row], *, heading: Sequence[str]) -> Image.Image:
         if row.alarm:
             _write(draw, row.alarm, (_GAP, top + _LINE), width=width - 2 * _GAP, colour=_ALARM)
         for number, cell in enumerate(row.cells):
-            left = _GAP + number * (CELL + _GAP)
-            sheet.paste(_fitted(cell.picture, CELL), (left, top + _LINE))
+            left = _GAP + number * (cell_px + _GAP)
+            sheet.paste(_fitted(cell.picture, cell_px), (left, top + _LINE))
             if cell.frame is not None:
-                corner = (left + CELL - 1, top + _LINE + CELL - 1)
+                corner = (left + cell_px - 1, top + _LINE + cell_px - 1)
                 draw.rectangle([(left, top + _LINE), corner], outline=cell.frame, width=_FRAME)
-            _write(draw, cell.words, (left, top + _LINE + CELL + 2), width=CELL, colour=_FAINT)
+            _write(draw, cell.words, (left, top + _LINE + cell_px + 2), width=cell_px, colour=_FAINT)
         top += row_height if row.cells else alarm_height
     return sheet
 

@@ -80,8 +80,8 @@ def _open(key: str, dataset_str: str | None, *, cfg: Config) -> NamedDataset:
     return open_eval_dataset(cfg, dataset_str)
 
 
-def open_eval_dataset(cfg: Config, dataset_str: str) -> NamedDataset:
-    """Open a dataset with the deterministic transform of evaluations.
+def open_eval_dataset(cfg: Config, dataset_str: str, *, transform: Callable[[Any], Any] | None = None) -> NamedDataset:
+    """Open a dataset with the deterministic transform of evaluations, or with another.
 
     Raises:
         ConfigError: its string is wrong.
@@ -92,7 +92,7 @@ def open_eval_dataset(cfg: Config, dataset_str: str) -> NamedDataset:
         channels=cfg.student.in_chans,
         cache_dir=cfg.data.cache_dir or str(Path(cfg.train.output_dir) / "cache"),
         max_image_pixels=cfg.data.max_image_pixels,
-        transform=build_eval_transform(cfg),
+        transform=transform or build_eval_transform(cfg),
     )
     return NamedDataset(dataset_str, dataset)
 

@@ -85,6 +85,25 @@ class SelfAttention(nn.Module):
         )
         return self.proj(out)
 
+    def first_token_weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Return the weights with which the first token of an image takes up the tokens, for pictures.
+
+        The kernels of `attention` never form them; here they are computed plainly, in float32.
+
+        Args:
+            x: tokens [B, N, D] of images of one size, normalised as for `forward`.
+            rotation: turns queries and keys; None for learned positions.
+
+        Returns:
+            Softmax of the scaled products of the first query with all keys, [B, H, N]; rows sum to 1.
+        """
+        queries_keys = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))[:, :, :2]  # [B, N, 2, H, d]
+        if rotation is not None:
+            queries_keys = rotate(queries_keys, rotation)
+        queries, keys = queries_keys.float().unbind(2)
+        scores = torch.einsum("bhd,bnhd->bhn", queries[:, 0], keys)
+        return (scores / queries.shape[-1] ** 0.5).softmax(dim=-1)
+
 
 def attention(
     qkv: Tensor, layout: Layout, *, num_heads: int, backend: str = "auto", rotations: Rotations | None = None

@@ -273,6 +273,26 @@ class DinoVisionTransformer(nn.Module):
             columns.append([first[:, 1:] for first, _ in outputs])
         return tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))
 
+    def get_class_attention(self, x: Tensor, block: int = -1) -> Tensor:
+        """Return how a block's heads weigh the tokens for the class token; see `SelfAttention.first_token_weights`.
+
+        Args:
+            x: images [B, C, height, width].
+            block: counted from 0, or from the last by negative numbers.
+
+        Returns:
+            Weights [B, H, 1 + R + N] of class token, registers and patches, float32; they sum to 1.
+        """
+        if not -self.depth <= block < self.depth:
+            raise ValueError(f"block {block} asked for, the model has blocks 0 to {self.depth - 1}")
+        packed, layout = pack([self.prepare_tokens_with_masks(x)])
+        rotations = list(self._rotations([x]))
+        for number in range(block % self.depth):
+            packed = self.blocks[number](packed, layout, rotations[number])
+        last, turned = self.blocks[block], rotations[block]
+        tokens = last.norm1(unpack(packed, layout)[0])
+        return last.attn.first_token_weights(tokens, None if turned is None else turned[0])
+
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Return class, register and patch tokens, learned positions added, [B, 1 + R + N, D]."""
         patches = self.patch_embed(x)

@@ -133,3 +133,18 @@ def test_xformers_agrees_with_sdpa(rotated):
 def test_biases_can_be_left_out():
     layer = SelfAttention(8, num_heads=2, qkv_bias=False, proj_bias=False)
     assert {name for name, _ in layer.named_parameters()} == {"qkv.weight", "proj.weight"}
+
+
+@pytest.mark.parametrize(("masked", "rotated"), [(False, False), (True, True)])
+def test_weights_of_the_first_token_make_its_output(masked, rotated):
+    attention = SelfAttention(32, num_heads=2, mask_k_bias=masked)
+    attention.init_weights()
+    torch.nn.init.normal_(attention.qkv.bias)
+    x = torch.randn(3, 9, 32)
+    rotation = RopePositionEmbedding(32, num_heads=2)(2, 4, num_prefix=1) if rotated else None
+    weights = attention.first_token_weights(x, rotation)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2))
+    values = attention.qkv(x)[..., 64:].unflatten(-1, (2, 16))
+    taken_up = torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1)
+    out = attention(x.flatten(0, 1), ((3, 9),), None if rotation is None else (rotation,))
+    torch.testing.assert_close(attention.proj(taken_up), out.view(3, 9, 32)[:, 0])

@@ -219,3 +219,24 @@ def test_unknown_names_list_the_known_ones():
         ConfigError, match=r"^ffn_layer=moe: must be one of mlp, swiglu, swiglufused, swiglu32, swiglu64, swiglu128$"
     ):
         tiny(ffn_layer="moe")
+
+
+@pytest.mark.parametrize("kind", [{}, {"pos_embed_type": "rope", "mask_k_bias": True, "pos_embed_rope_dtype": "fp32"}])
+@pytest.mark.parametrize("block", [-1, 0])
+def test_class_attention_is_that_of_the_forward_pass(kind, block):
+    model = tiny(**kind).eval()
+    seen = []
+    model.blocks[block].attn.register_forward_hook(lambda module, args, out: seen.append((*args, out)))
+    images = torch.randn(2, 3, 16, 24)
+    model(images)
+    (tokens, _, rotations, out), attn = seen[0], model.blocks[block].attn
+    weights = model.get_class_attention(images, block)
+    assert weights.shape == (2, 2, 1 + 3 + 6) and (rotations is None) == (not kind)
+    values = attn.qkv(tokens)[:, 64:].view(2, 10, 2, 16)
+    taken_up = torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1)
+    torch.testing.assert_close(attn.proj(taken_up), out.view(2, 10, 32)[:, 0])
+
+
+def test_class_attention_of_an_unknown_block_is_refused():
+    with pytest.raises(ValueError, match="block 2 asked for, the model has blocks 0 to 1"):
+        tiny().get_class_attention(torch.zeros(1, 3, 16, 16), 2)
