@@ -1,0 +1,10 @@
+"""Patch features of images as colours; see `dinov2/eval/pca_maps.py`, and --help for the options."""
+
+import sys
+
+from dinov2.eval.pca_maps import main
+from dinov2.logging import end_program
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the user's dataset classes lie in the current folder
+    end_program(main())
