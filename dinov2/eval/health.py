@@ -126,7 +126,13 @@ def _fit_and_score(inputs: Inputs) -> Outcome:
     return Outcome(
         predictions=None,
         named_scores=scores,
-        table=format_table(scores, sample, num_images=len(inputs.val), num_duplicates=health.pairs.num_duplicates),
+        table=format_table(
+            scores,
+            sample,
+            num_images=len(inputs.val),
+            num_duplicates=health.pairs.num_duplicates,
+            are_listed=not inputs.is_reference,
+        ),
         details={
             "n_images": len(sample),
             "n_dataset": len(inputs.val),
@@ -211,14 +217,17 @@ def duplicates_as_csv(pairs: PairMeasures, sample: FeatureSet) -> str:
     return text.getvalue()
 
 
-def format_table(scores: Mapping[str, float], sample: FeatureSet, *, num_images: int, num_duplicates: int) -> str:
+def format_table(
+    scores: Mapping[str, float], sample: FeatureSet, *, num_images: int, num_duplicates: int, are_listed: bool
+) -> str:
     """Lay the measures out for the screen, one line each."""
     lines = [
         f"features of {len(sample)} of {num_images} images of {sample.name}, {sample.values.shape[1]} features, "
         f"pool {sample.pool}"
     ]
     lines += [f"{_ABOUT[name][0]:>20}  {score:>9.4f}  {_ABOUT[name][1]}" for name, score in scores.items()]
-    return "\n".join([*lines, f"{'near-duplicates':>20}  {num_duplicates:>9}  pairs of images, see {DUPLICATES_NAME}"])
+    where = f", see {DUPLICATES_NAME}" * are_listed
+    return "\n".join([*lines, f"{'near-duplicates':>20}  {num_duplicates:>9}  pairs of images{where}"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A part is what was found under one prefix of names: the predictions for images (
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,13 @@ from dinov2.eval.predictions import Measurements, Predictions
 FEW_UNITS = 20  # below, intervals are too narrow
 _ON_SCREEN = (*HEADLINES[:1], "top5_pct", *HEADLINES[1:], "average_precision_macro_pct")
 
-Part = tuple[str, Predictions | Measurements]  # prefix and what was found
+
+class Part(NamedTuple):
+    """What was found under one prefix."""
+
+    prefix: str
+    found: Predictions | Measurements
+    is_of_groups: bool = False  # groups as a whole, beside their images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class ScoredPart:
 
     prefix: str
     found: Predictions | Measurements
+    is_of_groups: bool
     scores: Mapping[str, float | None]
     intervals: Mapping[str, Interval]
     metrics: Metrics | None = None  # None of measurements
@@ -60,20 +67,21 @@ def parts_of(
     for prefix, found in named.items():
         if found is None:
             continue
-        parts.append((prefix, found))
+        parts.append(Part(prefix, found))
         groups = found.by_group()
         if groups is not None:
-            parts.append((prefix + GROUP, groups))
-    return parts + [("", measurements)] * (measurements is not None)
+            parts.append(Part(prefix + GROUP, groups, is_of_groups=True))
+    return parts if measurements is None else [*parts, Part("", measurements)]
 
 
 def score_part(part: Part, *, num_resamples: int) -> ScoredPart:
     """Score one part; without intervals if there are 0 resamples."""
-    prefix, found = part
+    prefix, found, is_of_groups = part
     metrics = classification_metrics(found) if isinstance(found, Predictions) else None
     scored = ScoredPart(
         prefix=prefix,
         found=found,
+        is_of_groups=is_of_groups,
         scores=metrics.scores if metrics is not None else found.scores(),
         intervals=intervals(found, num_resamples=num_resamples) if num_resamples else {},
         metrics=metrics,
@@ -106,7 +114,7 @@ def flat_scores(parts: Sequence[ScoredPart]) -> dict[str, float | None]:
 
 def results_of(parts: Sequence[ScoredPart], *, num_resamples: int) -> dict[str, Any]:
     """Return what the results file says of intervals, classes, sizes and notes; scores themselves are flat."""
-    with_classes = [part for part in parts if part.metrics is not None and GROUP not in part.prefix]
+    with_classes = [part for part in parts if part.metrics is not None and not part.is_of_groups]
     return {
         "intervals_95_pct": {part.prefix + name: span for part in parts for name, span in part.intervals.items()},
         "intervals_from": {
@@ -123,8 +131,8 @@ def results_of(parts: Sequence[ScoredPart], *, num_resamples: int) -> dict[str, 
 def compare_parts(parts: Sequence[Part], references: Sequence[Part], *, num_resamples: int) -> list[tuple[str, Any]]:
     """Compare the parts that both have: pairs of prefix and `Comparison`."""
     compared: list[tuple[str, Comparison]] = []
-    for prefix, found in parts:
-        same = [other for name, other in references if name == prefix and type(other) is type(found)]
+    for prefix, found, _ in parts:
+        same = [other.found for other in references if other.prefix == prefix and type(other.found) is type(found)]
         if same:
             compared.append((prefix, compare(found, same[0], num_resamples=num_resamples)))
     return compared
@@ -149,7 +157,7 @@ def format_scores(parts: Sequence[ScoredPart], *, num_resamples: int) -> str:
     """Lay scores and intervals out for the screen, one line each."""
     lines = []
     for part in parts:
-        if GROUP not in part.prefix:
+        if not part.is_of_groups:
             lines.append(_title(part, num_resamples=num_resamples))
         for name in part.shown():
             span = part.intervals.get(name)
@@ -173,7 +181,7 @@ def format_comparison(
     lines = []
     for prefix, comparison in compared:
         part = shown.get((prefix, False)) or shown[prefix, True]
-        if GROUP not in prefix:
+        if not part.is_of_groups:
             rows = f"{comparison.num_images} {part.found.rows}"
             left_out = comparison.num_left_out
             missing = f"; {left_out} that only one of the two has are left out" if left_out else ""

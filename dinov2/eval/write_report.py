@@ -62,6 +62,8 @@ def write_report(name: str, inputs: Inputs, outcome: Outcome, reference: tuple[I
             "differences": differences_of(compared)
         }
         tables.append(format_comparison(compared, parts=parts, reference=reference[0].weights))
+        if not compared:  # nothing that an interval could be drawn around, as in health: both tables speak
+            tables.append(f"compared to {reference[0].weights}\n{found.table}")
     for note in dict.fromkeys(note for part in parts for note in part.notes):
         logger.warning("%s", note)
     path = inputs.output_dir / f"results_eval_{name}.json"
@@ -80,10 +82,12 @@ def _write_part(part: ScoredPart, *, name: str, inputs: Inputs) -> None:
     if part.metrics is None:
         return
     found = part.found
-    stem = "_".join([name, *part.prefix.replace(GROUP, "groups_").rstrip("_").split("_")]).rstrip("_")
+    stem = (
+        f"{name}_{part.prefix.removesuffix(GROUP)}groups" if part.is_of_groups else f"{name}_{part.prefix}".rstrip("_")
+    )
     folder = inputs.output_dir
     write_predictions(folder / f"predictions_{stem}.csv", found, with_shares=inputs.args.with_shares)
-    if part.prefix.endswith(GROUP):
+    if part.is_of_groups:
         return
     write_confusion(folder / f"confusion_{stem}.csv", part.metrics.confusion, class_names=found.class_names)
     title = f"{found.name}: {len(found)} {found.rows}, top-1 {part.scores['top1_pct']:.1f} %"

@@ -70,7 +70,11 @@ def test_measures_of_one_backbone_and_what_two_have_in_common(weights, tmp_path,
     assert {name: compared[name] for name in alone if isinstance(alone[name], float)} == {
         name: value for name, value in alone.items() if isinstance(value, float)
     }
-    assert "features of Digits:split=VAL are taken from" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "features of Digits:split=VAL are taken from" in captured.err
+    own, other = captured.out.split(f"compared to {weights[1]}\n")
+    assert f"RankMe  {alone['rankme']:>9.4f}" in own and "see duplicates_health.csv" in own
+    assert f"RankMe  {compared['compare_to']['scores']['rankme']:>9.4f}" in other and ".csv" not in other
     assert main(arguments(weights[0], tmp_path, *some, "--compare-to", weights[0])) == 0
     assert results(tmp_path)["nn_overlap_pct"] == 100
 
