@@ -152,11 +152,11 @@ def _draw(shown: Shown) -> Image.Image:
         size = f"{small.width} x {small.height} patches"
         cells = [Cell(image.picture, f"{image.picture.width} x {image.picture.height} px"), Cell(blocks, size)]
         rows.append(Row(image.name, [*cells, Cell(over, "over the image")]))
-    about = "principal components of patch features, fitted over all these images; alike colours: alike features"
+    about = ["principal components of patch features, fitted over all these images; alike colours: alike features"]
     if threshold is not None:
         side = "below" if shown.args.invert_foreground else "above"
-        about += f"; black: first component not {side} {threshold:g}"
-    return draw_sheet(rows, heading=[shown.heading, about], cell_px=_CELL)
+        about.append(f"black: patches whose first component is not {side} {threshold:g} of its range")
+    return draw_sheet(rows, heading=[shown.heading, *about], cell_px=_CELL)
 
 
 if __name__ == "__main__":
