@@ -93,6 +93,7 @@ def _write(stored: files.StoredCheckpoint, folder: Path, *, num_ranks: int, stra
     require_space(folder, stored.manifest.size_bytes)
     shares = _share_out(_tensors(stored), num_ranks=num_ranks, is_split=strategy != "NO_SHARD")
     records = {}
+    is_replaced = False
     try:
         with closing(track([rows for share in shares for rows in share.values()], description=name)) as steps:
             for rank, share in enumerate(shares):
@@ -103,6 +104,7 @@ def _write(stored: files.StoredCheckpoint, folder: Path, *, num_ranks: int, stra
                 stream_torch(path, about | values)
                 records[files.rank_file_name(name, rank)] = _sum_up(path)
         files.remove_checkpoint(folder, name)
+        is_replaced = True
         for rank in range(num_ranks):
             files.publish_rank_file(folder, name=name, rank=rank)
         manifest = replace(
@@ -116,7 +118,7 @@ def _write(stored: files.StoredCheckpoint, folder: Path, *, num_ranks: int, stra
         files.write_manifest(folder, manifest)
     except BaseException:
         for rank in range(num_ranks):
-            files.discard_rank_file(folder, name=name, rank=rank)
+            files.discard_rank_file(folder, name=name, rank=rank, published=is_replaced)
         raise
     return manifest
 

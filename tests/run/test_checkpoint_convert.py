@@ -104,6 +104,17 @@ def test_a_damaged_checkpoint_gives_no_file(tmp_path, capsys):
     assert not list(tmp_path.glob("out*/*")) and not list(tmp_path.glob("out.pth*"))
 
 
+def test_a_reshard_that_fails_leaves_what_it_was_to_replace(tmp_path, capsys):
+    path, out = save(tmp_path / "run"), tmp_path / "out"
+    assert run(capsys, "reshard", path, "--ranks", "2", "--output-dir", out)[0] == 0
+    file = Path(f"{path}.rank_0.pth")
+    content = file.read_bytes()
+    place = content.index(expected_teacher()["backbone.embed.weight"].numpy().tobytes())
+    file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    assert run(capsys, "reshard", path, "--ranks", "3", "--output-dir", out, "--overwrite")[0] == 1
+    assert run(capsys, "verify", out)[0] == 0 and len(list(out.iterdir())) == 3
+
+
 LIMITED = """
 import resource, sys
 from dinov2.run.checkpoint import main
