@@ -67,6 +67,8 @@ def run_picture(
             raise ConfigError("--dataset is not given; name a folder of images, or a dataset string")
         if not 1 <= args.num_images <= _MOST_IMAGES:
             raise ConfigError(f"--num-images {args.num_images}: must be 1 to {_MOST_IMAGES}")
+        output = Path(args.output or Path(args.output_dir) / f"{name}.png")
+        require_png(output)
         check_options(args)
         cfg = config_from_options(args)
         if cfg.student.is_resnet:
@@ -74,12 +76,18 @@ def run_picture(
         env = distributed.init(cfg.compute_precision.device)
         try:
             setup_logging(None, rank=env.rank)
-            distributed.on_main_first(_draw_and_save, args, cfg, env.device, name, draw)
+            distributed.on_main_first(_draw_and_save, args, cfg, env.device, output, draw)
             return 0
         finally:
             distributed.shutdown()
 
     return run_program(body, argv)
+
+
+def require_png(path: Path) -> None:
+    """Raise ConfigError before any work is done for a picture of another kind."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--output {path}: must be a .png file")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -91,9 +99,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    except (OSError, ValueError) as error:  # Pillow's for an ending it does not know is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--output {path}: cannot be written ({reason}); name a .png file") from error
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written ({error.strerror}); choose another") from error
 
 
 def _add_image_options(parser: argparse.ArgumentParser, *, name: str) -> None:
@@ -112,12 +119,11 @@ def _add_image_options(parser: argparse.ArgumentParser, *, name: str) -> None:
 
 
 def _draw_and_save(
-    args: argparse.Namespace, cfg: Config, device: torch.device, name: str, draw: Callable[[Shown], Image.Image]
+    args: argparse.Namespace, cfg: Config, device: torch.device, output: Path, draw: Callable[[Shown], Image.Image]
 ) -> None:
     """Load weights and images, draw, and write the picture; for rank 0."""
     model = load_frozen_backbone(cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=device)
     images = load_images(cfg, args.dataset, num_images=args.num_images, image_size_px=args.image_size)
-    output = Path(args.output) if args.output else Path(args.output_dir) / f"{name}.png"
     shown = Shown(
         args=args,
         model=model,

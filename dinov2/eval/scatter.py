@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 _MOST_NAMED = 20  # values that get a colour and a line of the legend
 _MOST_LETTERS = 30  # of a name
+_MOST_OF_TITLE = 140  # letters of a line
 _GREY = "#c8c8c8"
 _INCHES = (9.0, 7.0)
 _DPI = 120
@@ -29,7 +30,7 @@ def draw_scatter(path: Path, points: np.ndarray, *, column: np.ndarray | None, t
         path: of the PNG file; it appears whole or not at all.
         points: [n, 2].
         column: [n], names or numbers; None: one colour for all.
-        title: above the picture.
+        title: above the picture, lines of at most 140 letters.
         column_name: above the legend.
 
     Raises:
@@ -38,7 +39,7 @@ def draw_scatter(path: Path, points: np.ndarray, *, column: np.ndarray | None, t
     figure = Figure(figsize=_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    size = float(np.clip(6000 / max(len(points), 1), 3, 40))
+    size = float(np.clip(12_000 / max(len(points), 1), 3, 40))
     if column is None:
         axes.scatter(*points.T, s=size, linewidths=0)
     elif np.issubdtype(column.dtype, np.number) and len(np.unique(column)) > _MOST_NAMED:
@@ -49,7 +50,8 @@ def draw_scatter(path: Path, points: np.ndarray, *, column: np.ndarray | None, t
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_title(_shortened(title, 400), fontsize=9, parse_math=False, wrap=True)
+    lines = [_shortened(line, _MOST_OF_TITLE) for line in title.splitlines()]
+    axes.set_title("\n".join(lines), fontsize=9, parse_math=False)
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         figure.savefig(unfinished, dpi=_DPI, format="png")

@@ -26,6 +26,7 @@ from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.health_views import choose_images
 from dinov2.eval.options import add_features_options, config_from_options, get_backbone_parser, make_output_dir
 from dinov2.eval.picture_images import as_dataset_string
+from dinov2.eval.picture_program import require_png
 from dinov2.eval.pooling import POOLS, parse_pool
 from dinov2.eval.scatter import draw_scatter
 from dinov2.logging import run_program, setup_logging
@@ -186,6 +187,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--perplexity {args.perplexity:g}: must be above 1")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed {args.seed}: must be 0 to {2**32 - 1}")
+    args.output = Path(args.output or Path(args.output_dir) / "tsne.png")
+    require_png(args.output)
     if parse_pool(args.pool).has_patches:
         raise ConfigError(f"--pool {args.pool}: t-SNE takes one vector for each image; choose cls, mean or lastN")
     return args
@@ -216,17 +219,16 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _draw(args: argparse.Namespace, features: FeatureSet) -> None:
-    output = Path(args.output or Path(args.output_dir) / "tsne.png")
     points = visualize_features_tsne(
         features,
-        output,
+        args.output,
         colour_by=args.colour_by,
         num_images=args.num_images,
         perplexity=args.perplexity,
         seed=args.seed,
         name=f"{args.pretrained_weights} on {features.name}",
     )
-    print(f"written: {output}, {len(points)} of {len(features)} images of {features.name}")
+    print(f"written: {args.output}, {len(points)} of {len(features)} images of {features.name}")
 
 
 if __name__ == "__main__":

@@ -63,19 +63,31 @@ def draw_curves(curves: Mapping[str, Curve], png_path: str | Path, *, unit: str 
         png_path: picture to write.
         unit: of the horizontal axis.
     """
-    panels = _panels(curves)
-    num_rows = math.ceil(len(panels) / _NUM_COLUMNS)
-    figure = _figure(num_rows)
-    last_step = max(steps[-1] for steps, _ in curves.values())
-    for index, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(num_rows, _NUM_COLUMNS, index + 1)
-        _draw(axes, {name: curves[name] for name in names}, title=title, last_step=last_step, unit=unit)
+    panels = {title: {name: curves[name] for name in names} for title, names in _panels(curves).items()}
+    draw_panels(panels, png_path, unit=unit)
+
+
+def draw_panels(panels: Mapping[str, Mapping[str, Curve]], png_path: str | Path, *, unit: str = "steps") -> None:
+    """Draw curves into one picture, in panels of one's own.
+
+    Args:
+        panels: title to curves by name; at least one, none empty.
+        png_path: picture to write.
+        unit: of the horizontal axis.
+    """
+    num_columns = min(_NUM_COLUMNS, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = _figure(num_rows, num_columns)
+    last_step = max(steps[-1] for curves in panels.values() for steps, _ in curves.values())
+    for index, (title, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(num_rows, num_columns, index + 1)
+        _draw(axes, curves, title=title, last_step=last_step, unit=unit)
     figure.savefig(png_path, dpi=110)
 
 
-def _figure(num_rows: int) -> Figure:
+def _figure(num_rows: int, num_columns: int) -> Figure:
     """Make a figure with fixed margins: finding the smallest ones would take as long as drawing."""
-    width, height = _PANEL_INCHES[0] * _NUM_COLUMNS, _PANEL_INCHES[1] * num_rows
+    width, height = _PANEL_INCHES[0] * num_columns, _PANEL_INCHES[1] * num_rows
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.35 / height)
@@ -115,6 +127,11 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
             panels.setdefault(title, []).append(name)
     drawn = {name for names in panels.values() for name in names}
     return panels | {name: [name] for name in curves if name not in drawn}
+
+
+def title_of(name: str) -> str:
+    """Return the title of a panel that shows one metric alone."""
+    return _OWN_PANEL.get(name, name)
 
 
 def _draw(axes: Axes, curves: Mapping[str, Curve], *, title: str, last_step: int, unit: str) -> None:

@@ -1,0 +1,10 @@
+"""k-NN and label-free measures over training; see `dinov2/eval/knn_curve.py`, and --help for the options."""
+
+import sys
+
+from dinov2.eval.knn_curve import main
+from dinov2.logging import end_program
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the user's dataset classes lie in the current folder
+    end_program(main())
