@@ -9,7 +9,12 @@ are in one file only. `StoredCheckpoint` puts them together again, for any numbe
 block of a file, so that a part can be verified alone.
 """
 
-from dinov2.checkpoint_format.clean_up import remove_checkpoint, remove_incomplete, remove_leftovers
+from dinov2.checkpoint_format.clean_up import (
+    foreign_rank_files,
+    remove_checkpoint,
+    remove_incomplete,
+    remove_leftovers,
+)
 from dinov2.checkpoint_format.disk import flush_folder, write_text
 from dinov2.checkpoint_format.manifest import (
     BLOCK_BYTES,
@@ -65,6 +70,7 @@ __all__ = [
     "discard_rank_file",
     "find_checkpoints",
     "flush_folder",
+    "foreign_rank_files",
     "has_manifest",
     "is_checkpoint_path",
     "is_optimizer_state",

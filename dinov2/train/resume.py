@@ -15,6 +15,7 @@ from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.hub.stored_tensor import State
 from dinov2.hub.weights import plan_head, plan_weights
+from dinov2.train.saved_run import open_resume_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2.train")
@@ -48,7 +49,7 @@ def resume(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Star
             saver.last_saved = start.step - 1
         return start
     if cfg.train.resume_path:
-        on_main_first(require_own_checkpoint, Path(cfg.train.resume_path))
+        on_main_first(open_resume_path, cfg.train.resume_path)
         return _start_after(checkpointer.load(cfg.train.resume_path), checkpointer.loaded)
     weights = cfg.MODEL.WEIGHTS
     if weights and is_checkpoint_path(weights):

@@ -54,12 +54,17 @@ def require_no_other_run(cfg: Config, *, overwrite: bool) -> None:
         overwrite: a run that is there and not to be resumed may be removed, by `begin_run`.
 
     Raises:
-        ConfigError: a folder cannot be read, holds a run that is neither resumed nor to be overwritten, or copies of
-            another run.
+        ConfigError: a folder cannot be read, holds a run that is neither resumed nor to be overwritten, a run of the
+            official code, or copies of another run.
     """
     folder = Path(cfg.train.output_dir)
     copies = _copies_of(cfg)
     try:
+        if foreign := checkpoint_format.foreign_rank_files(folder):
+            raise ConfigError(
+                f"train.output_dir={folder} holds checkpoints of another program ({foreign[0].name}), and a run here "
+                f"would replace what it has written; choose another folder"
+            )
         filled = {"train.output_dir": folder} if _holds_run(folder) else {}
         if copies is not None and checkpoint_format.find_checkpoints(copies):
             _require_own_copies(cfg, copies)

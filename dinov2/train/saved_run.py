@@ -4,11 +4,20 @@ import json
 import logging
 from pathlib import Path
 
-from dinov2.checkpoint_format import Manifest, StoredCheckpoint, open_checkpoint, split_path
+from dinov2.checkpoint_format import (
+    DamagedCheckpointError,
+    Manifest,
+    StoredCheckpoint,
+    find_checkpoints,
+    open_checkpoint,
+    split_path,
+)
 from dinov2.configs import Config, to_dict
 from dinov2.configs.changes import changed_settings
 from dinov2.distributed import on_main_first
+from dinov2.errors import CheckpointError
 from dinov2.fsdp import FSDPCheckpointer
+from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.train.build import RunPlan
 from dinov2.train.run_folder import PLAN_NAME
 
@@ -27,9 +36,25 @@ def saved_global_batch(cfg: Config, checkpointer: FSDPCheckpointer) -> int | Non
     manifest = checkpointer.newest_manifest() if cfg.train.resume else None
     folder = Path(cfg.train.output_dir)
     if manifest is None and cfg.train.resume_path:
-        folder, name = split_path(cfg.train.resume_path)
-        manifest = on_main_first(open_checkpoint, folder, name)
+        folder = split_path(cfg.train.resume_path)[0]
+        manifest = on_main_first(open_resume_path, cfg.train.resume_path)
     return None if manifest is None else on_main_first(_global_batch, manifest, folder)
+
+
+def open_resume_path(path: str) -> Manifest:
+    """Read the manifest of the checkpoint that `train.resume_path` names; for rank 0.
+
+    Raises:
+        CheckpointError: it is no complete checkpoint of a run.
+    """
+    require_own_checkpoint(Path(path))
+    folder, name = split_path(path)
+    try:
+        return open_checkpoint(folder, name)
+    except DamagedCheckpointError as error:
+        others = [other for other in find_checkpoints(folder) if other != name]
+        instead = f"{folder} also has {others[-1]}" if others else "name another, such as outputs/run1/model_0003749"
+        raise CheckpointError(f"train.resume_path={path}: {error}; {instead}") from error
 
 
 def report_changes(cfg: Config, plan: RunPlan, saved: StoredCheckpoint | None, *, world_size: int) -> None:

@@ -178,3 +178,26 @@ def test_weights_are_no_state_to_resume(tmp_path, teacher_file, capsys):
         f"error: {teacher_file}: is no checkpoint of a training run, at most its weights; "
         f"start a new run from them with student.pretrained_weights={teacher_file}"
     )
+
+
+def test_a_resume_path_that_is_no_checkpoint_says_what_to_give(tmp_path, other, capsys):
+    for path, sentence in {
+        other: f"{other}: is the folder of a training run; give one of its checkpoints, the newest is "
+        f"{other}/model_0000003",
+        other / "model_0000009": f"train.resume_path={other}/model_0000009: model_0000009: there is no "
+        f"model_0000009.manifest.json in {other}, so it is not complete; {other} also has model_0000003",
+    }.items():
+        assert train(tmp_path, f"train.resume_path={path}") == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-resume", "--overwrite")])
+def test_a_run_of_the_official_code_is_left_alone(tmp_path, capsys, options):
+    torch.save({"model": {"a": torch.zeros(2)}, "iteration": 9}, tmp_path / "model_0000009.rank_0.pth")
+    (tmp_path / "training_metrics.json").write_text('{"iteration": 9}\n')
+    assert train(tmp_path, *options) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: train.output_dir={tmp_path} holds checkpoints of another program (model_0000009.rank_0.pth), and a "
+        f"run here would replace what it has written; choose another folder"
+    )
+    assert (tmp_path / "model_0000009.rank_0.pth").exists() and (tmp_path / "training_metrics.json").exists()
