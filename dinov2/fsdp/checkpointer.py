@@ -150,9 +150,7 @@ class FSDPCheckpointer(Checkpointer):
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job on rank 0 after what is being written now; all ranks together."""
-        if self._writer is None:
-            self._writer = Writer(background=self.background)
-        self._writer.submit(job if is_main_process() else lambda: None)
+        self._submit(job if is_main_process() else lambda: None)
 
     def close(self) -> None:
         """Wait until all is written, and end the thread; all ranks together, at the end of the program."""
@@ -161,8 +159,19 @@ class FSDPCheckpointer(Checkpointer):
             self._writer = None
 
     def clean_up(self) -> None:
-        """Remove what a killed run has left unfinished; only where no other run can be writing there."""
+        """Remove what a killed run has left unfinished; only where no other run can be writing there.
+
+        For the checkpoint of `save_dir` that was loaded, do what that run may not have come to after its manifest:
+        tags, the copy, and deleting older ones.
+        """
         on_main_first(self._clean_up)
+        stored = self.loaded
+        if stored is None or not self.save_dir or stored.folder != Path(self.save_dir):
+            return
+        num_files = stored.manifest.world_size
+        is_copied = not self.copy_to or on_main_first(files.has_manifest, Path(self.copy_to), stored.name)
+        self._submit(lambda: self._follow_up(stored.name, num_files=num_files, is_copied=is_copied))
+        self.wait()
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Read a checkpoint, whatever the number of processes and the sharding strategy that saved it.
@@ -242,6 +251,11 @@ class FSDPCheckpointer(Checkpointer):
         except OSError as error:
             logger.warning("cannot write %s: %s", tag, error.strerror)
 
+    def _submit(self, job: Callable[[], None]) -> None:
+        if self._writer is None:
+            self._writer = Writer(background=self.background)
+        self._writer.submit(job)
+
     def _folders(self) -> list[Path]:
         return [Path(folder) for folder in (self.save_dir, self.copy_to) if folder]
 
@@ -310,11 +324,17 @@ class FSDPCheckpointer(Checkpointer):
         self._make_folder(folder)
         write_checkpoint(channel, folder, name=name, data=data, make_manifest=make_manifest)
         logger.info("saved %s", folder / name)
-        self.tag_last_checkpoint(files.rank_file_name(name, get_rank()))
-        if self.copy_to:
+        self._follow_up(name, num_files=get_world_size())
+
+    def _follow_up(self, name: str, *, num_files: int, is_copied: bool = False) -> None:
+        """Do what comes after a checkpoint is complete; in the writer's thread of every rank."""
+        folder = Path(self.save_dir)
+        if get_rank() < num_files:
+            self.tag_last_checkpoint(files.rank_file_name(name, get_rank()))
+        if self.copy_to and not is_copied:
             self._make_folder(Path(self.copy_to))
             try:
-                copy_checkpoint(channel, folder, Path(self.copy_to), name=name)
+                copy_checkpoint(self._writer.channel, folder, Path(self.copy_to), name=name, num_files=num_files)
             except CheckpointError as error:
                 if is_main_process():
                     logger.warning("%s; the run goes on with those in %s", error, folder)

@@ -9,13 +9,13 @@ kill at any instant leaves either a complete checkpoint or files that the next s
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from dinov2 import checkpoint_format as files
-from dinov2.distributed import SideChannel, get_rank, is_main_process
+from dinov2.distributed import SideChannel, get_rank, get_world_size, is_main_process
 from dinov2.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -104,29 +104,27 @@ def write_checkpoint(
         if is_main_process():
             files.write_manifest(folder, make_manifest(dict(records)))
 
-    _put_in_place(channel, folder, name=name, write=write, complete=complete)
+    _put_in_place(channel, folder, name=name, ranks=[rank], write=write, complete=complete)
 
 
-def copy_checkpoint(channel: SideChannel, folder: Path, target: Path, *, name: str) -> None:
-    """Copy a complete checkpoint into another folder, as safely as it was written.
+def copy_checkpoint(channel: SideChannel, folder: Path, target: Path, *, name: str, num_files: int) -> None:
+    """Copy a complete checkpoint of any number of rank files into another folder, as safely as it was written.
 
     Raises:
         CheckpointError: a rank could not write; nothing is left of the copy.
     """
-    rank = get_rank()
+    ranks = range(get_rank(), num_files, get_world_size())
+
+    def copy() -> None:
+        for rank in ranks:
+            files.copy_rank_file(folder, target, name=name, rank=rank)
 
     def complete(_: list[Any]) -> None:
         if is_main_process():
             manifest = files.manifest_name(name)
             files.write_text(target / manifest, (folder / manifest).read_text(encoding="utf-8"))
 
-    _put_in_place(
-        channel,
-        target,
-        name=name,
-        write=lambda: files.copy_rank_file(folder, target, name=name, rank=rank),
-        complete=complete,
-    )
+    _put_in_place(channel, target, name=name, ranks=ranks, write=copy, complete=complete)
 
 
 def _put_in_place(
@@ -134,24 +132,30 @@ def _put_in_place(
     folder: Path,
     *,
     name: str,
+    ranks: Sequence[int],
     write: Callable[[], Any],
     complete: Callable[[list[Any]], None],
 ) -> None:
-    """Make a checkpoint of temporary files: see the module."""
-    rank = get_rank()
+    """Make a checkpoint of temporary files, of which `ranks` are this process's: see the module."""
     is_replaced = False
+
+    def publish() -> None:
+        for rank in ranks:
+            files.publish_rank_file(folder, name=name, rank=rank)
+
     try:
         written = _together(channel, write)
         # Ranks that this run does not have may have left files of this name, complete or not.
         _together(channel, lambda: files.remove_checkpoint(folder, name) if is_main_process() else None)
         is_replaced = True
-        _together(channel, lambda: files.publish_rank_file(folder, name=name, rank=rank))
+        _together(channel, publish)
         _together(channel, lambda: complete(written))
     except _StepFailedError as error:
         if is_replaced and is_main_process():
             with contextlib.suppress(OSError):
                 files.remove_manifest(folder, name)
-        files.discard_rank_file(folder, name=name, rank=rank, published=is_replaced)
+        for rank in ranks:
+            files.discard_rank_file(folder, name=name, rank=rank, published=is_replaced)
         raise CheckpointError(
             f"{name} could not be written to {folder} ({error}); earlier checkpoints are intact"
         ) from None
