@@ -1,8 +1,10 @@
 """Build what evaluation and training need from the config: datasets, backbone, precision."""
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,48 @@ def describe_preprocessing(cfg: Config) -> dict[str, Any]:
 def require_separate(train: NamedDataset, val: NamedDataset) -> None:
     """Warn if images are compared with themselves; refuse groups (parts, plates, slides) that are in both sets.
 
-    Names of groups mean the same only where both sets come from one folder.
+    Names of groups mean the same only where both sets, or parts of them in mixtures, come from one folder.
     """
     if train.name == val.name:
-        logger.warning("%s both votes and is classified: the score says nothing about other images", val.name)
+        logger.warning("%s is learned from and reported on: the score says nothing about other images", val.name)
         return
-    roots = [getattr(named.dataset, "root", None) for named in (train, val)]
-    columns = [named.dataset.metadata() if hasattr(named.dataset, "metadata") else {} for named in (train, val)]
-    if roots[0] is not None and roots[0] == roots[1] and all("group" in names for names in columns):
-        groups = [np.unique(names["group"]).tolist() for names in columns]
-        require_disjoint_groups(*groups, names=(train.name, val.name))
+    for one, other in product(_parts(train), _parts(val)):
+        columns = [part.metadata() if hasattr(part, "metadata") else {} for part in (one, other)]
+        if _root(one) is not None and _root(one) == _root(other) and all("group" in names for names in columns):
+            groups = [np.unique(names["group"]).tolist() for names in columns]
+            require_disjoint_groups(*groups, names=(train.name, val.name))
+    warn_of_common_images(train, val)
+
+
+def warn_of_common_images(train: NamedDataset, val: NamedDataset) -> None:
+    """Warn of files that both sets have; only of datasets that lie in a folder."""
+    files = {file for part in _parts(val) for file in _files(part)}
+    common = files.intersection(file for part in _parts(train) for file in _files(part)) if files else files
+    if common:
+        logger.warning(
+            "%d of the %d images of %s are in %s, too: the score says little about other images; choose separate "
+            "splits or folders",
+            len(common),
+            len(files),
+            val.name,
+            train.name,
+        )
+
+
+def _parts(named: NamedDataset) -> Sequence[Any]:
+    """The datasets of a mixture, or the one."""
+    return getattr(named.dataset, "parts", [named.dataset])
+
+
+def _root(dataset: Any) -> str | None:
+    root = getattr(dataset, "root", None)
+    return None if root is None else os.path.realpath(root)
+
+
+def _files(dataset: Any) -> Iterator[str]:
+    """Full paths of the images of a dataset in a folder; others name their images as they like."""
+    if _root(dataset) is not None and hasattr(dataset, "path"):
+        yield from (os.path.abspath(dataset.path(index)) for index in range(len(dataset)))
 
 
 def _open(key: str, dataset_str: str | None, *, cfg: Config) -> NamedDataset:

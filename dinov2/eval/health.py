@@ -32,9 +32,10 @@ from dinov2.eval.health_pairs import PairMeasures, neighbours_within
 from dinov2.eval.health_plots import plot_spectrum
 from dinov2.eval.health_scores import Health, measure
 from dinov2.eval.health_views import TwoViews, choose_images
+from dinov2.eval.options import pool_of
 from dinov2.eval.pooling import PooledBackbone
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
-from dinov2.eval.protocols import add_pool_options, pool_of, refuse_other_sets
+from dinov2.eval.protocols import add_set_options, refuse_other_sets
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_pool_options(parser)
+    add_set_options(parser)
     parser.add_argument(
         "--num-images",
         type=int,

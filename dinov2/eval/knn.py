@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 from dinov2.eval.knn_evaluation import KnnResult, evaluate_sets
 from dinov2.eval.knn_scores import FULL
-from dinov2.eval.options import add_knn_options, check_few_shot_options
+from dinov2.eval.options import add_knn_options, add_pool_option, check_few_shot_options, pool_of
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         name="knn",
         description="k-NN accuracy of a frozen backbone on labelled images.",
-        pool_of=lambda cfg, args: args.pool,
+        pool_of=pool_of,
         fit_and_score=_fit_and_score,
         add_options=_add_options,
         check_options=check_few_shot_options,
@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_knn_options(parser)
-    parser.add_argument(
-        "--pool", default="cls", help="which tokens make the features: cls, mean, cls+mean, lastN; default: cls"
-    )
+    add_pool_option(parser)
 
 
 def _fit_and_score(inputs: Inputs) -> Outcome:

@@ -51,12 +51,12 @@ def match_classes(train: LabelledSet, val: LabelledSet) -> Classes:
     for labelled in (train, val):
         if not len(labelled.labels()):
             raise DatasetError(
-                f"{labelled.name}: no image has a label, and k-NN needs them; ImageFolder takes the names of the "
-                "folders below its root, a class of your own gives them by get_targets()"
+                f"{labelled.name}: no image has a label, and labels are needed here; ImageFolder takes the names of "
+                "the folders below its root, a class of your own gives them by get_targets()"
             )
     labels = train.labels()
     if len(labels) == 1:
-        raise DatasetError(f"{train.name}: all images are of one class ({train.describe(labels)}); k-NN needs two")
+        raise DatasetError(f"{train.name}: all images are of one class ({train.describe(labels)}); two are needed")
     class_of_train = {int(label): number for number, label in enumerate(labels)}
     if train.class_names and val.class_names:
         by_name = {train.class_names[label]: number for label, number in class_of_train.items()}

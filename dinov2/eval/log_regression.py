@@ -24,6 +24,7 @@ from dinov2.errors import ConfigError
 from dinov2.eval.classifier_sets import METRICS, ClassifierSets, join, make_classifier_sets, right_pct
 from dinov2.eval.linear_head import HeadDescription, from_fit
 from dinov2.eval.logistic import LogisticFit, LogisticRegression, group_cs
+from dinov2.eval.options import add_pool_option, pool_of
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         name=NAME,
         description="Logistic regression on the features of a frozen backbone.",
-        pool_of=lambda cfg, args: args.pool,
+        pool_of=pool_of,
         fit_and_score=_fit_and_score,
         add_options=_add_options,
         check_options=_check_options,
@@ -54,9 +55,7 @@ def default_cs() -> list[float]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pool", default="cls", help="which tokens make the features: cls, mean, cls+mean, lastN; default: cls"
-    )
+    add_pool_option(parser)
     parser.add_argument(
         "--c-values",
         nargs="+",

@@ -7,6 +7,7 @@ from dinov2.configs import Config, load_config
 from dinov2.configs.evaluation_sections import KnnConfig
 from dinov2.configs.run_sections import TrainConfig
 from dinov2.errors import ConfigError
+from dinov2.eval.pooling import parse_pool
 
 _STANDS_FOR = {  # option: config key
     "train_dataset": "evaluation.knn.train_dataset_path",
@@ -22,10 +23,10 @@ def get_args_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
     """Describe the options of every program that fits and scores; a program adds its own."""
     parser = get_backbone_parser(prog, description=description)
     parser.add_argument(
-        "--train-dataset", metavar="S", help=f"labelled images that vote; stands for {_STANDS_FOR['train_dataset']}"
+        "--train-dataset", metavar="S", help=f"labelled images to learn from; stands for {_STANDS_FOR['train_dataset']}"
     )
     parser.add_argument(
-        "--val-dataset", metavar="S", help=f"labelled images to classify; stands for {_STANDS_FOR['val_dataset']}"
+        "--val-dataset", metavar="S", help=f"labelled images to report on; stands for {_STANDS_FOR['val_dataset']}"
     )
     return parser
 
@@ -75,6 +76,27 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="numbers of the features that are kept; default: fp32",
     )
+
+
+def add_pool_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of programs that take one vector an image."""
+    parser.add_argument(
+        "--pool",
+        default="cls",
+        metavar="POOL",
+        help="features of an image: cls, mean, cls+mean, lastN, lastN+mean; default: cls",
+    )
+
+
+def pool_of(cfg: Config, args: argparse.Namespace) -> str:
+    """Return the pool of features that --pool names.
+
+    Raises:
+        ConfigError: there is no such pool, or it has more than one vector an image.
+    """
+    if parse_pool(args.pool).has_patches:
+        raise ConfigError("--pool patches has many vectors an image; choose one such as cls or cls+mean")
+    return args.pool
 
 
 def add_knn_options(parser: argparse.ArgumentParser) -> None:

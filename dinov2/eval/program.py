@@ -16,7 +16,13 @@ import torch
 from dinov2 import distributed
 from dinov2.configs import Config
 from dinov2.errors import ConfigError
-from dinov2.eval.build import build_datasets, open_eval_dataset, require_separate
+from dinov2.eval.build import (
+    build_datasets,
+    load_frozen_backbone,
+    open_eval_dataset,
+    require_separate,
+    warn_of_common_images,
+)
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.options import add_features_options, config_from_options, get_args_parser, make_output_dir
@@ -27,6 +33,8 @@ from dinov2.logging import run_program, setup_logging
 __all__ = ["Inputs", "Outcome", "add_program_options", "run_evaluation"]
 
 logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 24 * 3600  # other ranks wait while rank 0 fits, or for the features that another program computes
 
 
 def run_evaluation(
@@ -51,7 +59,8 @@ def run_evaluation(
             raises the same error on all ranks, or any on some of them after its last collective.
         add_options: adds the program's own options.
         check_options: raises a `ConfigError` for a wrong value.
-        needs_train: False: without --train-dataset, `Inputs.train` is `Inputs.val`, and that is no reason to warn.
+        needs_train: False: without --train-dataset, `Inputs.train` is `Inputs.val`, whatever the config names for
+            k-NN, and that is no reason to warn.
 
     Returns:
         Exit code: 0 done, 1 failed, 2 bad usage or config.
@@ -62,7 +71,7 @@ def run_evaluation(
         add_program_options(parser)
         add_options(parser)
         args = parser.parse_intermixed_args(argv)
-        if not needs_train:
+        if not needs_train:  # the config takes both or neither
             args.train_dataset = args.train_dataset or args.val_dataset
         _check_program_options(args)
         check_options(args)
@@ -122,18 +131,17 @@ def _run(
 ) -> int:
     cfg = config_from_options(args)
     pool = pool_of(cfg, args)
-    env = distributed.init(cfg.compute_precision.device)
+    env = distributed.init(cfg.compute_precision.device, timeout_s=_TIMEOUT_S)
     try:
         distributed.on_main_first(make_output_dir, args.output_dir)
         setup_logging(args.output_dir, rank=env.rank)
         for note in (*cfg.notes, *cfg.refusals):  # what training refuses does not matter here, but may surprise
             logger.info("%s", note)
-        distributed.on_every_rank(lambda: _check_sets(cfg, args.test_dataset, needs_train=needs_train))
-        names = {
-            "train": cfg.evaluation.knn.train_dataset_path,
-            "val": cfg.evaluation.knn.val_dataset_path,
-            "test": args.test_dataset,
-        }
+        knn = cfg.evaluation.knn
+        own_train = knn.train_dataset_path if needs_train or args.train_dataset else knn.val_dataset_path
+        names = {"train": own_train, "val": knn.val_dataset_path, "test": args.test_dataset}
+        distributed.on_every_rank(lambda: _check_sets(cfg, names, needs_train=needs_train))
+        distributed.on_main_first(_check_other_weights, cfg, args)
 
         def evaluate(weights: str, checkpoint_key: str, *, is_reference: bool) -> tuple[Inputs, Outcome]:
             settings = {"weights": weights, "checkpoint_key": checkpoint_key, "pool": pool, "device": env.device}
@@ -160,21 +168,33 @@ def _run(
         distributed.shutdown()
 
 
-def _check_sets(cfg: Config, test_name: str | None, *, needs_train: bool) -> None:
+def _check_sets(cfg: Config, names: Mapping[str, str | None], *, needs_train: bool) -> None:
     """Open the sets, to find out what is wrong with them before features are computed."""
-    val_name = cfg.evaluation.knn.val_dataset_path
     if needs_train:
         train, val = build_datasets(cfg)
-    elif not val_name:
+    elif not names["val"]:
         raise ConfigError(
             "evaluation.knn.val_dataset_path (--val-dataset) is not set; name images, e.g. ImageFolder:root=photos"
         )
     else:
-        train = val = open_eval_dataset(cfg, val_name)
-    if test_name:
-        test = open_eval_dataset(cfg, test_name)
-        for other in dict.fromkeys((train, val)):
+        train, val = (open_eval_dataset(cfg, names[part]) for part in ("train", "val"))
+        if train.name != val.name:
+            warn_of_common_images(train, val)
+    if names["test"]:
+        test = open_eval_dataset(cfg, names["test"])
+        for other in {one.name: one for one in (train, val)}.values():
             require_separate(other, test)
+
+
+def _check_other_weights(cfg: Config, args: argparse.Namespace) -> None:
+    """Load the weights of --compare-to, which are needed last, before features are computed; for rank 0.
+
+    Raises:
+        CheckpointError: they cannot be read, or do not fit.
+    """
+    if args.compare_to:
+        key = args.compare_to_checkpoint_key or args.checkpoint_key
+        load_frozen_backbone(cfg, args.compare_to, checkpoint_key=key, device=torch.device("cpu"))
 
 
 def _features_of(

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dinov2.configs import Config
 from dinov2.errors import ConfigError
+from dinov2.eval.options import add_pool_option, pool_of
 from dinov2.eval.profile_normalization import Step, parse_steps
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 from dinov2.eval.protocol_forms import Protocol, parse_protocol
@@ -77,22 +77,17 @@ def refuse_other_sets(args: argparse.Namespace, *, may_train: bool = False) -> N
         raise ConfigError("--train-dataset has no effect here: the images of --dataset are compared with each other")
 
 
-def add_pool_options(parser: argparse.ArgumentParser) -> None:
+def add_set_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of programs that take one set of images, with one vector each."""
     parser.add_argument(
         "--dataset", dest="val_dataset", metavar="S", help="images with their metadata; the same as --val-dataset"
     )
-    parser.add_argument(
-        "--pool",
-        default="cls",
-        metavar="POOL",
-        help="features of an image: cls, mean, cls+mean, lastN, lastN+mean; default: cls",
-    )
+    add_pool_option(parser)
 
 
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all programs of profiles share."""
-    add_pool_options(parser)
+    add_set_options(parser)
     parser.add_argument(
         "--normalize",
         action="append",
@@ -100,17 +95,6 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
         help="steps fitted on the controls, with commas: center[:COLUMN], standardize[:COLUMN], whiten[:EPSILON], "
         "coral:COLUMN, pca:N; may be given several times, also as none, to compare; default: none",
     )
-
-
-def pool_of(cfg: Config, args: argparse.Namespace) -> str:
-    """Return the pool of features.
-
-    Raises:
-        ConfigError: it has more than one vector an image.
-    """
-    if args.pool == "patches":
-        raise ConfigError("--pool patches has many vectors an image; choose one such as cls or cls+mean")
-    return args.pool
 
 
 def variants_of(protocols: Sequence[str | Protocol] | None, normalizations: Sequence[str] | None) -> list[Variant]:

@@ -23,9 +23,10 @@ from dinov2.checkpoint_format import write_text
 from dinov2.errors import ConfigError
 from dinov2.eval.build import open_eval_dataset
 from dinov2.eval.columns import TARGET
+from dinov2.eval.options import pool_of
 from dinov2.eval.predictions import Measurements
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
-from dinov2.eval.protocols import add_pool_options, pool_of, refuse_other_sets
+from dinov2.eval.protocols import add_set_options, refuse_other_sets
 from dinov2.eval.retrieval_scores import Retrieved, retrieve
 from dinov2.eval.retrieval_sheet import path_of, write_sheet
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_pool_options(parser)
+    add_set_options(parser)
     parser.add_argument(
         "--exclude-group",
         metavar="COLUMNS",

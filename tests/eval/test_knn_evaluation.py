@@ -260,21 +260,21 @@ def test_only_too_large_k_is_an_error():
         (
             {"targets": [-1] * 30},
             {},
-            "TRAIN: no image has a label, and k-NN needs them; "
+            "TRAIN: no image has a label, and labels are needed here; "
             "ImageFolder takes the names of the folders below its root, "
             "a class of your own gives them by get_targets()",
         ),
         (
             {},
             {"targets": [-1] * 30},
-            "VAL: no image has a label, and k-NN needs them; "
+            "VAL: no image has a label, and labels are needed here; "
             "ImageFolder takes the names of the folders below its root, "
             "a class of your own gives them by get_targets()",
         ),
         (
             {"targets": [1] * 30, "class_names": ["bad", "good"]},
             {},
-            "TRAIN: all images are of one class (good); k-NN needs two",
+            "TRAIN: all images are of one class (good); two are needed",
         ),
         (
             {"targets": [0, 1] * 15, "class_names": ["bad", "good"]},

@@ -148,6 +148,24 @@ def test_groups_are_scored_and_drawn(weights, tmp_path, capsys):
     assert "group_top1_pct" in capsys.readouterr().out
 
 
+def test_weights_to_compare_to_are_tried_before_anything_is_computed(weights, tmp_path, capsys):
+    calls = []
+    missing = tmp_path / "none.pth"
+    sentence = fails_with(capsys, 1, weights[0], tmp_path, "--compare-to", str(missing), fit_and_score=calls.append)
+    assert sentence == f"error: {missing}: no such file of weights" and not calls
+
+
+def test_programs_of_one_set_leave_the_training_set_of_the_config_alone(weights, tmp_path):
+    def score(inputs):
+        assert inputs.train is inputs.val
+        return Outcome(predictions=None)
+
+    sets = {"train": "ImageFolder:root=none", "val": VAL}
+    config = [f"evaluation.knn.{part}_dataset_path={name}" for part, name in sets.items()]
+    assert run(weights[0], tmp_path, *config, train=None, val=None, fit_and_score=score, needs_train=False) == 0
+    assert results(tmp_path)["train_dataset"] == VAL
+
+
 def test_a_test_set_is_what_is_reported(weights, tmp_path):
     assert run(weights[0], tmp_path, "--test-dataset", VAL, val=TRAIN) == 0
     found = results(tmp_path)
