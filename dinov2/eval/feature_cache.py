@@ -3,15 +3,17 @@
 The name of a file holds a digest of the weights, the dataset, the preprocessing and the number format (see
 `dinov2.eval.feature_digest`), so that what has changed is simply another file; a log line says what it was. Rows are
 computed in blocks, each kept as soon as it is finished: after a kill, computing goes on with the blocks that are
-missing. The finished file is read through and compared with its checksum before it is used.
+missing. The finished file is read through and compared with its checksum before it is used. Features of a larger pool
+serve as well: `cls` is cut out of `last4+mean`, with the digest that it would have on its own.
 """
 
 import contextlib
 import fcntl
+import functools
 import logging
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -115,9 +117,11 @@ def cached_features(
     )
     path = folder / f"{_slug(dataset)}-{parsed.name}-{about.digest[:16]}.safetensors"
     with _locked(path):
-        if not on_main_first(_is_kept, path, about, parts):
+        kept = on_main_first(_find_kept, path, about, parts, functools.partial(_digests, cfg, job, parts=parts))
+        if kept is None:
             compute_feature_files(job, path, about=about, parts=parts)
-    found = on_every_rank(lambda: _open(path))
+    found = on_every_rank(lambda: _open(kept or path)).select(about.pool)
+    found = replace(found, digest=about.digest)
     on_main_first(_warn_of_missing, found, named)
     return replace(found, weights=weights, checkpoint_key=checkpoint_key)  # equal ones may have had another name
 
@@ -127,10 +131,12 @@ def _load(cfg: Config, weights: str, *, checkpoint_key: str, pool: str, device: 
     return PooledBackbone(backbone, pool).eval()
 
 
-def _digests(cfg: Config, job: Job, pool: str) -> dict[str, str]:
-    """Digest all that the features depend on; for rank 0."""
+def _digests(cfg: Config, job: Job, pool: str, parts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Digest all that the features depend on; for rank 0. Of another pool, given the `parts` of one, at once."""
     numbers: list[Any] = [pool, job.kept_dtype, job.dtype, job.device.type]
     versions = [version("dinov2-adapt"), torch.__version__, platform.machine()]
+    if parts is not None:
+        return {**parts, "format": digest_of_settings([*numbers, *versions])}
     return {
         "weights": digest_of_network(job.model.backbone),
         "dataset": digest_of_dataset(job.dataset.dataset, name=job.dataset.name),
@@ -170,17 +176,38 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> None:
         pass
 
 
-def _is_kept(path: Path, about: FeatureSet, parts: Mapping[str, str]) -> bool:
-    """Say whether there are sound features; if not, the log tells why they are computed. For rank 0."""
-    if not path.exists():
-        reason = _what_changed(path, about, parts)
-    elif damage := why_unusable(path):
-        reason = f"{path.name} is not used: {damage}"
-    else:
-        logger.info("features of %s are taken from %s", about.name, path)
-        return True
+def _find_kept(
+    path: Path, about: FeatureSet, parts: Mapping[str, str], parts_of_pool: Callable[[str], Mapping[str, str]]
+) -> Path | None:
+    """Find sound features, of this pool or a larger one; if there are none, the log tells why. For rank 0."""
+    larger = () if path.exists() else _larger(path, about, parts_of_pool)
+    damage = None
+    for kept in (path, *larger):
+        if not kept.exists():
+            continue
+        unusable = why_unusable(kept)
+        if unusable is None:
+            cut = "" if kept == path else f", the pool {about.pool} cut out"
+            logger.info("features of %s are taken from %s%s", about.name, kept, cut)
+            return kept
+        damage = f"{kept.name} is not used: {unusable}"
+    reason = damage or _what_changed(path, about, parts)
     logger.info("features of %s are computed%s", about.name, f": {reason}" if reason else "")
-    return False
+    return None
+
+
+def _larger(path: Path, about: FeatureSet, parts_of_pool: Callable[[str], Mapping[str, str]]) -> list[Path]:
+    """Find features that differ in nothing but their pool, and hold this one's as columns; the smallest first."""
+    found = []
+    for other in sorted(path.parent.glob(f"{_slug(about.name)}-*.safetensors")):
+        try:
+            index = read_index(other)
+            pool = parse_pool(index["pool"])
+            if pool.holds(parse_pool(about.pool)) and index["digests"] == parts_of_pool(pool.name):
+                found.append((pool.num_parts, other))
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            continue
+    return [other for _, other in sorted(found)]
 
 
 def _what_changed(path: Path, about: FeatureSet, parts: Mapping[str, str]) -> str | None:

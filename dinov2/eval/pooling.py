@@ -46,6 +46,12 @@ class Pool:
         """How many vectors of D features stand end to end."""
         return self.num_blocks + self.has_mean
 
+    def holds(self, other: "Pool") -> bool:
+        """Say whether the features of the other pool are columns of this one's."""
+        if self.has_patches or other.has_patches:
+            return self == other
+        return other.num_blocks <= self.num_blocks and other.has_mean <= self.has_mean
+
 
 def parse_pool(name: str) -> Pool:
     """Take the name of a pool apart.
@@ -80,7 +86,7 @@ def select_pool(values: Tensor, *, pool: str, wanted: str) -> Tensor:
         return values
     if have.has_patches and want == Pool(num_blocks=0, has_mean=True):
         return values.float().mean(dim=1).to(values.dtype)
-    if have.has_patches or want.has_patches or want.num_blocks > have.num_blocks or want.has_mean > have.has_mean:
+    if not have.holds(want):
         raise ConfigError(f"features of the pool {pool} do not hold those of {wanted}; compute them with that pool")
     width = values.shape[1] // have.num_parts
     first = (have.num_blocks - want.num_blocks) * width

@@ -307,3 +307,32 @@ def test_wrong_settings(folder):
     (folder / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written|cannot be made"):
         features(folder, into="file")
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "cls+mean", "last2"])
+def test_a_smaller_pool_is_cut_out_of_a_larger_one(folder, caplog, pool):
+    alone = features(folder, into="alone", pool=pool)
+    features(folder, pool="last2+mean")
+    with caplog.at_level(logging.INFO):
+        found = features(folder, pool=pool)
+    assert f"the pool {pool} cut out" in caplog.text and "are computed" not in caplog.text
+    assert torch.equal(found.values, alone.values)
+    assert (found.pool, found.digest) == (pool, alone.digest)
+
+
+def test_larger_pools_of_other_numbers_or_other_images_are_not_cut(folder, caplog):
+    features(folder, pool="cls+mean", dtype="fp16")
+    features(folder, pool="cls+mean", settings=["evaluation.knn.resize_ratio=1.0"])
+    features(folder, pool="patches")
+    with caplog.at_level(logging.INFO):
+        features(folder)
+    assert "cut out" not in caplog.text and "are computed" in caplog.text
+
+
+def test_a_damaged_larger_pool_is_not_cut(folder, caplog):
+    features(folder, pool="cls+mean")
+    path = next((folder / "features").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.INFO):
+        features(folder)
+    assert f"{path.name} is not used: it has" in caplog.text
