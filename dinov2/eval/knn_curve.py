@@ -64,7 +64,8 @@ def read_scores(run: str | Path) -> dict[str, dict[int, float]]:
             f"{run}: holds no evaluations of a run; name a folder with {METRICS_NAME} or eval/, of a training with "
             "evaluation.eval_period_iterations above 0"
         )
-    order = [*sorted(name for name in found if name.startswith("knn")), *_MEASURES]
+    accuracies = sorted((name for name in found if name.startswith("knn")), key=lambda name: (len(name), name))
+    order = [*accuracies, *_MEASURES]
     return {name: dict(sorted(found[name].items())) for name in order if name in found}
 
 
