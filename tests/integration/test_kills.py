@@ -114,8 +114,8 @@ class Kill:
     def __init__(self, chance, *, whole_s):
         (self.aim,) = chance.choices(list(AIMS), SHARES)
         self.ranks = chance.choice([(0, 1), (1, 0), (0,), (1,)])
-        self._num_before = chance.choice([0, 0, 0, 1, 2])  # of such changes, which pass
-        self._is_of_the_last = chance.random() < 0.1
+        self._is_at_the_end = chance.random() < 0.1  # while the last checkpoint is saved
+        self._num_before = 0 if self._is_at_the_end else chance.choice([0, 0, 0, 1, 2])  # of such changes, which pass
         few_ms = chance.choice([0, chance.uniform(0, 0.005)])
         self._delay_s = chance.uniform(0, whole_s / 3) if AIMS[self.aim] is None else few_ms
         self.survivor = None  # what became of the rank that was not killed
@@ -124,14 +124,14 @@ class Kill:
         """Wait for the instant and kill; returns False if a rank has ended before."""
         if AIMS[self.aim] is not None:
             kind, pattern = AIMS[self.aim]
-            if self._is_of_the_last:
-                pattern = pattern.replace("model_.*", LAST)
-            seen = 0
-            while seen <= self._num_before:
+            num_seen, is_time = 0, not self._is_at_the_end
+            while num_seen <= self._num_before:
                 ranks.wait(also=events.descriptor)
                 if len(ranks.running) < 2:
                     return False
-                seen += sum(found == kind and bool(re.fullmatch(pattern, name)) for found, name in events.read())
+                for found, name in events.read():
+                    is_time = is_time or name.startswith(LAST)
+                    num_seen += is_time and found == kind and bool(re.fullmatch(pattern, name))
         end_s = time.monotonic() + self._delay_s
         while time.monotonic() < end_s and len(ranks.running) == 2:
             ranks.wait(end_s - time.monotonic())
