@@ -65,7 +65,10 @@ class MappedFile:
         self._record = manifest.files[self.name]
         self._require_size()
         size = self._record.size_bytes
-        self.bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)  # [size]
+        try:
+            self.bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)  # [size]
+        except RuntimeError as error:  # no permission, or removed by now
+            raise DamagedCheckpointError(f"{self.name} cannot be read: {str(error).splitlines()[0]}") from error
         self._memory = memoryview(self.bytes.numpy())
         self._verified: set[int | str] = set()  # numbers of blocks; version 1: paths of tensors
 

@@ -176,6 +176,10 @@ class StoredCheckpoint:
             self._files[rank] = MappedFile(self.folder, self.manifest, rank)
         return self._files[rank]
 
+    def release(self) -> None:
+        """Let go of the mapped files, whose disk space is else kept after they are deleted; reading maps them again."""
+        self._files.clear()
+
     def _tensors(self, root: str, holders: list[Mapping[str, Any]]) -> dict[str, StoredPieces]:
         """Put the tensors of all ranks together that stand under a path, in the order of the ranks."""
         pieces: dict[str, list[Piece]] = {}

@@ -1,10 +1,13 @@
 """A second channel between the same ranks, for a thread that works beside training."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from dinov2.distributed.environment import get_world_size
+
+_TIMEOUT = timedelta(days=1)  # a slow disk is no failure; a process that has ended is noticed at once
 
 
 class SideChannel:
@@ -15,7 +18,7 @@ class SideChannel:
 
     def __init__(self) -> None:
         """Join the other ranks; all must call it, from their main threads."""
-        self._group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if get_world_size() > 1 else None
 
     def all_gather_objects(self, obj: Any) -> list[Any]:
         """Collect one picklable object of each rank, in rank order, on every rank.

@@ -364,6 +364,7 @@ class FSDPCheckpointer(Checkpointer):
             logger.info("loaded %s, saved after iteration %d", folder / name, manifest.iteration)
             if manifest.world_size != get_world_size():
                 logger.info("it was saved by %s, this run has %d", _processes(manifest.world_size), get_world_size())
+        stored.release()
         self.loaded = stored
         return extra
 

@@ -132,12 +132,17 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
         self.checkpointer.raise_failure()
 
     def _read_best_value(self) -> float | None:
-        best = _read_best(Path(self.checkpointer.save_dir))
-        return best["value"] if best is not None and best["metric"] == self.save_best else None
+        """Read the best score of the run so far; where it goes on from its copies, only they know."""
+        found = [best for folder in self._folders() if (best := _read_best(folder)) is not None]
+        values = [best["value"] for best in found if best["metric"] == self.save_best]
+        return (max if self.save_best_mode == "max" else min)(values, default=None)
+
+    def _folders(self) -> list[Path]:
+        return [Path(folder) for folder in (self.checkpointer.save_dir, self.checkpointer.copy_to) if folder]
 
     def _mark_best(self, name: str, value: float) -> None:
         """Write which checkpoint is the best, then delete the one that was; on rank 0, in the writer's thread."""
-        folders = [Path(folder) for folder in (self.checkpointer.save_dir, self.checkpointer.copy_to) if folder]
+        folders = self._folders()
         for folder in folders:
             if not files.has_manifest(folder, name):
                 continue
@@ -154,7 +159,8 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
         if self.max_to_keep is None:
             return
         for folder in folders:
-            names = [name for name in files.find_checkpoints(folder) if name <= newest or len(name) < len(newest)]
+            last = files.iteration_of(newest)
+            names = [name for name in files.find_checkpoints(folder) if files.iteration_of(name) <= last]
             if newest not in names:
                 continue  # only what is complete here allows to delete here
             best = _read_best(folder)
@@ -164,7 +170,7 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
                 for name in candidates[: -self.max_to_keep]:
                     if name not in spared:
                         files.remove_checkpoint(folder, name)
-                files.remove_incomplete(folder, before_iteration=files.iteration_of(newest))
+                files.remove_incomplete(folder, before_iteration=last)
             except OSError as error:
                 logger.warning("cannot delete an old checkpoint in %s: %s", folder, error.strerror)
 

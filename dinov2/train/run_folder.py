@@ -9,6 +9,7 @@ from pathlib import Path
 from dinov2 import checkpoint_format
 from dinov2.configs import Config, write_config
 from dinov2.errors import CheckpointError, ConfigError
+from dinov2.fsdp.periodic import BEST_NAME
 from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.train.build import RunPlan
 
@@ -18,7 +19,6 @@ CURVES_NAME = "training_curves.png"
 _MADE_BY_A_RUN = (
     "model_*.rank_*.pth*",
     "last_checkpoint.rank_*",
-    "best_checkpoint.json",
     METRICS_NAME,
     PLAN_NAME,
     CURVES_NAME,
@@ -133,6 +133,7 @@ def _remove_run(folder: Path, *, copies: Path | None) -> None:
     for place in filter(None, (folder, copies)):
         for name in checkpoint_format.find_checkpoints(place):
             checkpoint_format.remove_checkpoint(place, name)
+        (place / BEST_NAME).unlink(missing_ok=True)
     for pattern in _MADE_BY_A_RUN:
         for path in folder.glob(pattern):
             path.unlink()

@@ -57,6 +57,14 @@ def open_resume_path(path: str) -> Manifest:
         raise CheckpointError(f"train.resume_path={path}: {error}; {instead}") from error
 
 
+def has_same_evaluations(cfg: Config, saved: StoredCheckpoint | None) -> bool:
+    """Say whether the run that was saved was evaluated as this one is going to be, so that it has the same scores."""
+    try:
+        return saved is not None and json.loads(saved.config)["evaluation"] == to_dict(cfg)["evaluation"]
+    except (ValueError, KeyError, TypeError):  # saved by other code than ours, without its settings
+        return False
+
+
 def report_changes(cfg: Config, plan: RunPlan, saved: StoredCheckpoint | None, *, world_size: int) -> None:
     """Warn of each setting that alters results and is not the one that the checkpoint was saved with.
 

@@ -45,7 +45,7 @@ from dinov2.train.param_groups import apply_schedules
 from dinov2.train.resume import Start, require_something_to_evaluate, resume
 from dinov2.train.run_folder import CURVES_NAME, begin_run, make_output_dir, require_no_other_run
 from dinov2.train.run_lock import RunLock
-from dinov2.train.saved_run import report_changes, saved_global_batch
+from dinov2.train.saved_run import has_same_evaluations, report_changes, saved_global_batch
 from dinov2.train.saving import finishing, require_known_score
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -170,7 +170,7 @@ def do_train(
     saver.checkpointer.clean_up()
     if start.step == 0 and cfg.evaluation.at_start:
         require_known_score(saver.save_best, evaluate(model, START))
-    elif start.scores:
+    elif start.scores and has_same_evaluations(cfg, start.saved):
         require_known_score(saver.save_best, start.scores)
 
     samples_seen = start.samples_seen

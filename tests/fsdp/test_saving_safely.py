@@ -115,6 +115,34 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert find_checkpoints(tmp_path / "loss") == ["model_0000000", "model_0000001"]
 
 
+def test_a_run_that_goes_on_from_its_copies_knows_the_best_score(tmp_path):
+    options = {"period": 1, "max_to_keep": 1, "save_best": "top1", "copy_to": str(tmp_path / "copies")}
+    run = Run(tmp_path / "run", **options).train(1)
+    run.periodic.note_scores(0, {"top1": 70.0})
+    run.train(2)
+    shutil.rmtree(tmp_path / "run")
+    resumed = Run(tmp_path / "run", **options)
+    resumed.resume()
+    resumed.train(3)
+    resumed.periodic.note_scores(2, {"top1": 60.0})
+    assert find_checkpoints(tmp_path / "copies") == ["model_0000000", "model_0000002"]
+
+
+def test_an_old_run_may_have_longer_numbers(tmp_path):
+    run = Run(tmp_path, period=1, max_to_keep=1)
+    for iteration in (10_000_000, 9_999_998, 9_999_999):
+        run.periodic.save_now(iteration)
+    assert find_checkpoints(tmp_path) == ["model_9999999", "model_10000000"]
+
+
+def test_a_resumed_run_does_not_hold_on_to_deleted_files(tmp_path):
+    Run(tmp_path, period=1).train(1)
+    resumed = Run(tmp_path, period=1)
+    resumed.resume()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert resumed.checkpointer.loaded.model  # and can still be read
+
+
 def test_a_score_that_is_not_there_is_said_once(tmp_path, caplog):
     run = Run(tmp_path, save_best="top5")
     for iteration in range(2):

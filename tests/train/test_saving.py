@@ -69,6 +69,15 @@ def test_a_score_that_nothing_gives_is_refused_before_the_first_step(tmp_path, c
     assert not (tmp_path / "training_metrics.json").exists()
 
 
+def test_a_resumed_run_may_choose_the_best_by_a_score_that_is_new(tmp_path, capsys, request):
+    assert train(tmp_path, *EVALUATED, *EACH_STEP, "train.max_steps=2") == 0
+    options = [*EVALUATED, *EACH_STEP, "checkpointing.save_best=accuracy", "train.max_steps=3"]
+    assert sentence_of(capsys, tmp_path, *options, code=2).startswith("checkpointing.save_best=accuracy is no score of")
+    request.getfixturevalue("scores")
+    assert train(tmp_path, *options, "evaluation.health.num_images=9") == 0
+    assert json.loads((tmp_path / "best_checkpoint.json").read_text())["metric"] == "accuracy"
+
+
 def test_a_run_that_was_killed_before_its_last_evaluation_is_evaluated(tmp_path):
     options = [*EVALUATED, "evaluation.eval_period_iterations=2", "evaluation.at_start=true", "train.max_steps=2"]
     assert train(tmp_path, *options) == 0
