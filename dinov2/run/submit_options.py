@@ -1,6 +1,7 @@
 """Options of the launcher: what it keeps for itself, and what it passes on to the program."""
 
 import argparse
+import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ class JobOptions:
 
     @property
     def log_dir(self) -> Path:
-        """Folder of submitit's files: scripts, logs and results of jobs."""
-        return Path(self.output_dir) / "jobs"
+        """Folder of submitit's files: scripts, logs and results; one for all jobs, whose numbers the files bear."""
+        parts = Path(self.output_dir).parts
+        without_number = itertools.takewhile(lambda part: "%j" not in part, parts)
+        return Path(*without_number) / "jobs"
 
 
 def get_args_parser(prog: str, *, program: str) -> argparse.ArgumentParser:
@@ -82,7 +85,8 @@ def get_args_parser(prog: str, *, program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir",
         metavar="D",
-        help="passed on to the program, %%j becoming the number of the job; the logs go to D/jobs; default: here",
+        help="passed on to the program, %%j becoming the number of the job; logs go to D/jobs, of "
+        "runs/%%j to runs/jobs; default: here",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and stop")
     parser.add_argument(
