@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from support.real_images import clipart_folder, hyperspy_folder, stardist_images
+from support.real_images import clipart_folder, hyperspy_folder, stardist_images, write_histology_tiles
 from support.training import losses_of, metrics_of, train
 
 from dinov2.data import DataAugmentationDINO, make_dataset
@@ -102,24 +102,9 @@ def test_it_trains_on_micrographs(micrographs, tmp_path, channels, options):
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    """Tiles of stardist's section under haematoxylin and eosin, halves of it being two slides, one paler; and glass."""
+    """Tiles of two slides, and glass; see `write_histology_tiles`."""
     root = tmp_path_factory.mktemp("tiles")
-    section = np.asarray(Image.open(stardist_images() / "histo.jpg").convert("RGB"))
-    rows = ["tile,label,slide"]
-    side = 64
-    for top in range(0, section.shape[0] - side + 1, side):
-        for left in range(0, section.shape[1] - side + 1, side):
-            tile = section[top : top + side, left : left + side]
-            slide = "left" if left < section.shape[1] // 2 else "right"
-            if slide == "right":
-                tile = 255 - (255 - tile.astype(np.float64)) * 0.6
-            name = f"{slide}/{top}_{left}.png"
-            (root / slide).mkdir(exist_ok=True)
-            Image.fromarray(np.round(tile).astype(np.uint8)).save(root / name)
-            rows.append(f"{name},{'dense' if tile.mean() < 140 else 'loose'},{slide}")
-    Image.new("RGB", (side, side), (255, 255, 255)).save(root / "left" / "glass.png")
-    rows.append("left/glass.png,,left")
-    (root / "files.csv").write_text("\n".join(rows) + "\n")
+    write_histology_tiles(root)
     return root
 
 

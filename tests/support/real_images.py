@@ -6,7 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "real_images"
 _HYPERSPY = "usr/lib/python3/dist-packages/hyperspy"
@@ -22,6 +24,28 @@ def stardist_images() -> Path:
         with zipfile.ZipFile(next(CACHE.glob("stardist-*.whl"))) as wheel:
             wheel.extractall(CACHE / "stardist", [name for name in wheel.namelist() if "/data/images/" in name])
     return folder
+
+
+def write_histology_tiles(root: Path, *, side: int = 64) -> None:
+    """Write tiles of stardist's section under haematoxylin and eosin, and one of glass, with labels in files.csv.
+
+    Its halves are two slides, one paler; tiles are dense or loose.
+    """
+    section = np.asarray(Image.open(stardist_images() / "histo.jpg").convert("RGB"))
+    rows = ["tile,label,slide"]
+    for top in range(0, section.shape[0] - side + 1, side):
+        for left in range(0, section.shape[1] - side + 1, side):
+            tile = section[top : top + side, left : left + side]
+            slide = "left" if left < section.shape[1] // 2 else "right"
+            if slide == "right":
+                tile = 255 - (255 - tile.astype(np.float64)) * 0.6
+            name = f"{slide}/{top}_{left}.png"
+            (root / slide).mkdir(exist_ok=True)
+            Image.fromarray(np.round(tile).astype(np.uint8)).save(root / name)
+            rows.append(f"{name},{'dense' if tile.mean() < 140 else 'loose'},{slide}")
+    Image.new("RGB", (side, side), (255, 255, 255)).save(root / "left" / "glass.png")
+    rows.append("left/glass.png,,left")
+    (root / "files.csv").write_text("\n".join(rows) + "\n")
 
 
 def hyperspy_folder() -> Path:
