@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from dinov2 import distributed
 from dinov2.checkpoint_format import open_checkpoint
 from dinov2.configs import load_config
-from dinov2.fsdp.state import part_to_save
+from dinov2.fsdp.part import PartToSave
 from dinov2.train.build import build_checkpointer, build_grad_scaler, build_model, build_optimizer
 from dinov2.train.host_memory import keep_freed_memory
 
@@ -68,14 +68,8 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's part of the state: what several ranks hold is one's alone."""
-        part = part_to_save(self.model, {"optimizer": self.optimizer})
-        state = part["checkpointables"]["optimizer"]["state"]
-        return part["model"] | {
-            f"{param}/{key}": value
-            for param, values in state.items()
-            for key, value in values.items()
-            if isinstance(value, Tensor)
-        }
+        part = PartToSave().collect(self.model, {"optimizer": self.optimizer})
+        return {"/".join(keys): tensor for keys, tensor in part.tensors.items()}
 
     def dcp_state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)

@@ -24,9 +24,10 @@ from dinov2.distributed import (
     on_main_first,
 )
 from dinov2.errors import CheckpointError
+from dinov2.fsdp.part import PartToSave
 from dinov2.fsdp.rng import RngState
 from dinov2.fsdp.snapshot import HostBuffers
-from dinov2.fsdp.state import load_model_state, load_optimizer_state, part_to_save
+from dinov2.fsdp.state import load_model_state, load_optimizer_state
 from dinov2.fsdp.writer import Writer, copy_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class FSDPCheckpointer(Checkpointer):
         self.copy_to: str | None = None
         self.on_complete: Callable[[str, list[Path]], None] | None = None  # (name, folders), in rank 0's writer thread
         self.loaded: files.StoredCheckpoint | None = None  # what `load` or `resume_or_load` has read last
+        self._part = PartToSave()
         self._buffers = HostBuffers()
         self._writer: Writer | None = None
         self._missing_folders = {save_dir} if save_dir and not os.path.isdir(save_dir) else set()
@@ -108,7 +110,7 @@ class FSDPCheckpointer(Checkpointer):
             self.wait()
         self.raise_failure()
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        data = self._buffers.snapshot(self._collect(kwargs, time=time))
+        data = self._snapshot(kwargs, time=time)
 
         def make_manifest(records: dict[str, files.FileRecord]) -> files.Manifest:
             return self._manifest(name, data, records)
@@ -279,13 +281,14 @@ class FSDPCheckpointer(Checkpointer):
             except OSError as error:
                 logger.warning("cannot remove unfinished checkpoints in %s: %s", folder, error.strerror)
 
-    def _collect(self, extra: Mapping[str, Any], *, time: str) -> dict[str, Any]:
+    def _snapshot(self, extra: Mapping[str, Any], *, time: str) -> dict[str, Any]:
+        """Copy what this rank's file holds to host memory."""
         optimizers = {
             key: item for key, item in self.checkpointables.items() if isinstance(item, torch.optim.Optimizer)
         }
-        part = part_to_save(self.model, optimizers)
+        part = self._part.collect(self.model, optimizers)
         others = {key: item.state_dict() for key, item in self.checkpointables.items() if key not in optimizers}
-        return {
+        data = {
             "format_version": files.FORMAT_VERSION,
             "rank": get_rank(),
             "world_size": get_world_size(),
@@ -293,11 +296,11 @@ class FSDPCheckpointer(Checkpointer):
             "versions": {"torch": str(torch.__version__)},
             "time": time,
             "config": self.config_text,
-            "model": part["model"],
-            "layout": part["layout"],
-            "checkpointables": part["checkpointables"] | others,
+            "model": {},
+            "checkpointables": part.optimizers | others,
             "extra": dict(extra),
         }
+        return self._buffers.snapshot(data, part.tensors) | {"layout": part.layout}
 
     def _manifest(self, name: str, data: Mapping[str, Any], records: dict[str, files.FileRecord]) -> files.Manifest:
         return files.Manifest(
@@ -372,6 +375,7 @@ class FSDPCheckpointer(Checkpointer):
         for key in keys:
             if key not in stored.checkpointable_names:
                 raise CheckpointError(f"{stored.name} holds no {key}; it was saved by a run without one")
+        self._part.forget()  # loading replaces the optimiser's tensors; nothing may hold the old ones
         load_model_state(self.model, stored.model)
         rank, num_saved = get_rank(), stored.manifest.world_size
         others = stored.rank_values(rank if rank < num_saved else 0) if keys else {}

@@ -12,77 +12,98 @@ _CHUNK_BYTES = 128 << 20  # a power of two: pinned memory is handed out in such 
 _ALIGNMENT_BYTES = 64
 _LEAVES = frozenset((int, float, str, bool, type(None)))
 
+Keys = tuple[str | int, ...]  # that lead to a tensor in nested data
+
 
 class HostBuffers:
-    """Host memory for the tensors of a nested dict, kept from one snapshot to the next; pinned for those of a GPU."""
+    """Host memory for tensors, kept from one snapshot to the next; pinned for those of a GPU."""
 
     def __init__(self) -> None:
         """Allocate nothing yet."""
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[Keys, Tensor] = {}
 
-    def snapshot(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    @torch.no_grad()
+    def snapshot(self, data: Mapping[str, Any], tensors: Mapping[Keys, Tensor]) -> dict[str, Any]:
         """Copy nested data; the tensors of the copy are valid until the next snapshot.
 
         Args:
             data: tensors on any device, plain values, dicts and lists; left unchanged.
+            tensors: further ones, on any device, by the keys of dicts in `data` that lead to their place in the copy.
+                They need not be looked for, which takes long where there are many.
 
         Raises:
             TypeError: a value that a rank file cannot hold.
         """
-        sources: dict[str, Tensor] = {}
-        shape_of_data = _without_tensors(data, "", sources)
-        self._fit(sources)
-        for path, source in sources.items():
-            self._buffers[path].copy_(source, non_blocking=True)
+        sources: dict[Keys, Tensor] = {}
+        shape_of_data = _without_tensors(data, (), sources)
+        sources |= tensors
+        if not self._fit(sources):
+            self._allocate(sources)
+        if sources:
+            torch._foreach_copy_([self._buffers[keys] for keys in sources], list(sources.values()), non_blocking=True)
         for device in {source.device for source in sources.values() if source.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        return _with_tensors(shape_of_data, self._buffers)
+        copy = _with_tensors(shape_of_data, self._buffers)
+        for keys in tensors:
+            holder = copy
+            for key in keys[:-1]:
+                holder = holder[key]
+            holder[keys[-1]] = self._buffers[keys]
+        return copy
 
-    def _fit(self, sources: Mapping[str, Tensor]) -> None:
+    def _fit(self, sources: Mapping[Keys, Tensor]) -> bool:
+        """Say whether the buffers are those that these tensors need."""
+        return sources.keys() == self._buffers.keys() and all(
+            _fits(self._buffers[keys], source) for keys, source in sources.items()
+        )
+
+    def _allocate(self, sources: Mapping[Keys, Tensor]) -> None:
         """Keep the buffers that fit, drop those that are not needed, and allocate what is missing."""
-        fitting = {
-            path: buffer
-            for path, buffer in self._buffers.items()
-            if path in sources and (buffer.shape, buffer.dtype) == (sources[path].shape, sources[path].dtype)
+        self._buffers = {
+            keys: buffer for keys, buffer in self._buffers.items() if keys in sources and _fits(buffer, sources[keys])
         }
-        self._buffers = fitting
-        missing = {path: source for path, source in sources.items() if path not in fitting}
         chunk, used = None, 0
-        for path, source in missing.items():
+        for keys, source in sources.items():
+            if keys in self._buffers:
+                continue
             if not source.numel():
-                self._buffers[path] = torch.empty(source.shape, dtype=source.dtype)
+                self._buffers[keys] = torch.empty(source.shape, dtype=source.dtype)
                 continue
             if chunk is None or used + source.nbytes > chunk.nbytes or chunk.is_pinned() != source.is_cuda:
                 size = max(_CHUNK_BYTES, source.nbytes)
                 chunk, used = torch.empty(size, dtype=torch.uint8, pin_memory=source.is_cuda), 0
             # A storage of its own for each tensor: PyTorch saves whole storages.
             storage = chunk.untyped_storage()[used : used + source.nbytes]
-            self._buffers[path] = torch.empty(0, dtype=source.dtype).set_(storage, 0, source.shape)
+            self._buffers[keys] = torch.empty(0, dtype=source.dtype).set_(storage, 0, source.shape)
             used += -(-source.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-class _Place(str):
-    """Stands for the tensor of this path."""
+def _fits(buffer: Tensor, source: Tensor) -> bool:
+    return buffer.shape == source.shape and buffer.dtype == source.dtype
 
 
-def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Copy nested data with a `_Place` for every tensor, and collect the tensors by path."""
+class _Place(tuple):
+    """Stands for the tensor that these keys lead to."""
+
+
+def _without_tensors(value: Any, keys: Keys, tensors: dict[Keys, Tensor]) -> Any:
+    """Copy nested data with a `_Place` for every tensor, and collect the tensors by the keys that lead to them."""
     if type(value) in _LEAVES:  # nearly all values: training waits for this
         return value
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return _Place(path)
+        tensors[keys] = value
+        return _Place(keys)
     if isinstance(value, Mapping):
-        return {key: _without_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {key: _without_tensors(item, (*keys, key), tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [_without_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_without_tensors(item, (*keys, index), tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
-    return to_plain(value, path)
+    return to_plain(value, "/".join(map(str, keys)))
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Mapping[Keys, Tensor]) -> Any:
     if type(value) is _Place:
-        return tensors[value]
+        return tensors[tuple(value)]
     if type(value) is dict:
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,10 +1,6 @@
-"""What one rank saves of a model and its optimisers, and how any number of ranks gets it back.
+"""State of a model and its optimisers by parameter name, and how any number of ranks gets it back from a checkpoint."""
 
-Parameters and optimiser state go by name. A rank saves its own rows of sharded tensors; what several ranks hold is
-saved by one of them, so that each has about the same number of bytes to write. `layout` says which rows a file has.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dinov2.checkpoint_format import StoredPieces
-from dinov2.distributed import get_rank
 from dinov2.errors import CheckpointError
 from dinov2.fsdp.layout import Layout, layout_of, local_part
 from dinov2.fsdp.wrap import reshard
@@ -31,44 +26,6 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for name, values in saved["state"].items()
     }
     return {"state": state, "param_groups": saved["param_groups"]}
-
-
-def part_to_save(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    """Collect what this rank's file holds of a model and its optimisers, sharing their memory.
-
-    Args:
-        model: sharded or not.
-        optimizers: of its parameters, by the name that they are saved under.
-
-    Returns:
-        `model`: tensors by name. `checkpointables`: states of the optimisers, with tensors that are this rank's to
-        save and all other values. `layout`: whole shape and offset of each of these tensors, by its path in the file.
-    """
-    whole_model = _model_tensors(model)
-    states = {key: _optimizer_tensors(model, item) for key, item in optimizers.items()}
-    tensors = {f"model/{name}": tensor for name, tensor in whole_model.items()}
-    for key, saved in states.items():
-        for name, values in saved["state"].items():
-            root = f"checkpointables/{key}/state/{name}"
-            tensors |= {f"{root}/{item}": value for item, value in values.items() if isinstance(value, Tensor)}
-    own = _share_of(get_rank(), {path: (local_part(tensor), layout_of(tensor)) for path, tensor in tensors.items()})
-    for key, saved in states.items():
-        for name, values in saved["state"].items():
-            root = f"checkpointables/{key}/state/{name}"
-            paths = {item: f"{root}/{item}" for item in values}
-            saved["state"][name] = {
-                item: own[paths[item]][0] if isinstance(value, Tensor) else value
-                for item, value in values.items()
-                if not isinstance(value, Tensor) or paths[item] in own
-            }
-    return {
-        "model": {name: own[f"model/{name}"][0] for name in whole_model if f"model/{name}" in own},
-        "checkpointables": states,
-        "layout": {
-            path: {"global_shape": list(layout.global_shape), "offset": list(layout.offset)}
-            for path, (_, layout) in own.items()
-        },
-    }
 
 
 @torch.no_grad()
@@ -129,33 +86,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         "state": {names[id(param)]: dict(values) for param, values in optimizer.state.items()},
         "param_groups": groups,
     }
-
-
-def _share_of(rank: int, tensors: Mapping[str, tuple[Tensor, Layout]]) -> dict[str, tuple[Tensor, Layout]]:
-    """Choose the tensors that a rank saves; all ranks that hold a part come to the same choice without asking."""
-    saved_by = {path: layout.holders[0] for path, (_, layout) in tensors.items() if layout.num_replicas == 1}
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for path, (_, layout) in tensors.items():
-        if layout.num_replicas > 1:
-            groups.setdefault(layout.holders, []).append(path)
-    for holders, paths in groups.items():
-        saved_by |= _spread({path: tensors[path][0].nbytes for path in paths}, holders)
-    return {
-        path: (tensor, layout)
-        for path, (tensor, layout) in tensors.items()
-        if saved_by[path] == rank and (tensor.numel() or 0 in layout.global_shape)
-    }
-
-
-def _spread(sizes: Mapping[str, int], holders: Iterable[int]) -> dict[str, int]:
-    """Give each tensor to one holder: the largest first, each to the holder with the fewest bytes so far."""
-    loads = dict.fromkeys(holders, 0)
-    chosen = {}
-    for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
-        holder = min(loads, key=lambda rank: (loads[rank], rank))
-        chosen[path] = holder
-        loads[holder] += sizes[path]
-    return chosen
 
 
 def _fill(target: Tensor, source: StoredPieces, *, layout: Layout) -> None:
