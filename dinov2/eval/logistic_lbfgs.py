@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MEMORY = 10  # pairs of steps and gradient differences kept for each problem
+_MEMORY = 10  # rounds whose steps and gradient differences are kept
 _FLATTEST = 0.9  # share of the downhill slope that may be left at an accepted point
 _STEEPEST = 0.8  # of it that may go uphill there
 _STRETCH = 4.0  # of a step that was too short
@@ -83,7 +83,8 @@ class _Search:
         self.scale = start.new_ones(count)  # of the inverse curvature
         self.length = start.new_ones(count)  # of the trial step
         self.rounds = torch.ones(count, dtype=torch.int64, device=start.device)
-        # the memory, newest last; zeros, which change nothing, where there is none yet
+        # the memory, a ring of rounds; zeros, which change nothing, where a problem did not move
+        self.num_moves = 0
         self.steps = start.new_zeros(_MEMORY, count, size)
         self.changes = start.new_zeros(_MEMORY, count, size)  # of the gradient
         self.weights = start.new_zeros(_MEMORY, count)  # 1 / (step * change)
@@ -114,13 +115,13 @@ class _Search:
         cut = (before / (before + after).clamp(min=_TINIEST)).nan_to_num(0.0).clamp(*_CUTS)
         cut = torch.where(is_low, cut, cut.clamp(max=0.5))
         self.length = torch.where(is_good, 1.0, self.length * torch.where(is_short, _STRETCH, cut))
-        rows = is_good.nonzero()[:, 0]
-        if len(rows):
-            self._remember(rows, trial[rows] - self.point[rows], gradient[rows] - self.gradient[rows])
-            self.point[rows] = trial[rows]
+        if is_good.any():
+            self._remember(is_good, trial - self.point, gradient - self.gradient)
             self.value = torch.where(is_good, value, self.value)
-            self.gradient[rows] = gradient[rows]
-            self.direction[rows] = self._directions()[rows]
+            is_good = is_good[:, None]
+            self.point = torch.where(is_good, trial, self.point)
+            self.gradient = torch.where(is_good, gradient, self.gradient)
+            self.direction = torch.where(is_good, self._directions(), self.direction)
 
     def end_converged(self, tolerance: float) -> None:
         """Note where the active problems are, and drop those whose value can hardly fall further."""
@@ -143,24 +144,28 @@ class _Search:
         """Return where the problems are."""
         return Minima(**self._results)
 
-    def _remember(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
-        """Add a pair to the memory of some problems, whose oldest one goes; a pair without curvature is left out."""
-        product = (step * change).sum(dim=1)
-        kept = (product > 0).nonzero()[:, 0]
-        rows, step, change, product = rows[kept], step[kept], change[kept], product[kept]
-        for memory, newest in ((self.steps, step), (self.changes, change), (self.weights, 1 / product)):
-            memory[:, rows] = torch.cat([memory[1:, rows], newest[None]])
-        self.scale[rows] = product / (change * self.inverse_curvature[rows] * change).sum(dim=1)
+    def _remember(self, is_good: Tensor, step: Tensor, change: Tensor) -> None:
+        """Put a pair of each problem in the place of the oldest ones; a pair without curvature is left out."""
+        product = torch.linalg.vecdot(step, change)
+        is_kept = is_good & (product > 0)
+        place = self.num_moves % _MEMORY
+        self.num_moves += 1
+        self.steps[place] = torch.where(is_kept[:, None], step, 0.0)
+        self.changes[place] = torch.where(is_kept[:, None], change, 0.0)
+        self.weights[place] = torch.where(is_kept, 1 / product, 0.0)
+        curvature = (change.square() * self.inverse_curvature).sum(dim=1)
+        self.scale = torch.where(is_kept, product / curvature, self.scale)
 
     def _directions(self) -> Tensor:
         """Minus the inverse Hessian, as far as it is known, times the gradient, by the two loops; [g, P]."""
-        pairs = list(zip(self.steps, self.changes, self.weights, strict=True))
+        places = [move % _MEMORY for move in range(max(0, self.num_moves - _MEMORY), self.num_moves)]
         direction = -self.gradient
-        shares = []
-        for step, change, weight in reversed(pairs):
-            shares.append(weight * (step * direction).sum(dim=1))
-            direction = direction - shares[-1][:, None] * change
-        direction = direction * self.inverse_curvature * self.scale[:, None]
-        for (step, change, weight), share in zip(pairs, reversed(shares), strict=True):
-            direction = direction + (share - weight * (change * direction).sum(dim=1))[:, None] * step
+        shares = {}
+        for place in reversed(places):
+            shares[place] = self.weights[place] * torch.linalg.vecdot(self.steps[place], direction)
+            direction.addcmul_(shares[place][:, None], self.changes[place], value=-1)
+        direction *= self.inverse_curvature * self.scale[:, None]
+        for place in places:
+            share = shares[place] - self.weights[place] * torch.linalg.vecdot(self.changes[place], direction)
+            direction.addcmul_(share[:, None], self.steps[place])
         return direction
