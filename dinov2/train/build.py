@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,11 +246,13 @@ def build_checkpointer(
 ) -> PeriodicCheckpointer:
     """Build what saves and restores the whole state of the run; `follow_plan` tells it the run's numbers."""
     saving = cfg.checkpointing
+    settings = to_dict(cfg)
+    settings["train"]["output_dir"] = os.path.realpath(output_dir)  # whose copies they are, wherever one looks from
     checkpointer = FSDPCheckpointer(
         model,
         str(output_dir),
         sharding_strategy=cfg.compute_precision.sharding_strategy,
-        config_text=json.dumps(to_dict(cfg)),
+        config_text=json.dumps(settings),
         config_digest=config_digest(cfg),
         background=saving.background,
         save_to_disk=not read_only,

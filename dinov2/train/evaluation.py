@@ -85,14 +85,21 @@ class TeacherEvaluation:
     def scores_of(self, name: str) -> dict[str, float]:
         """Read the scores of an earlier evaluation of this run; empty where there are none. For rank 0."""
         paths = [self._folder(name) / file for file in (KNN_NAME, HEALTH_NAME)]
-        return {key: score for path in paths if path.is_file() for key, score in json.loads(path.read_text()).items()}
+        return {
+            key: score for path in paths if _is_written(path) for key, score in json.loads(path.read_text()).items()
+        }
 
     def _is_done(self, name: str) -> bool:
         wanted = {TEACHER_NAME: True, KNN_NAME: self.knn is not None, HEALTH_NAME: self.health is not None}
-        return all((self._folder(name) / file).is_file() for file, is_wanted in wanted.items() if is_wanted)
+        return all(_is_written(self._folder(name) / file) for file, is_wanted in wanted.items() if is_wanted)
 
     def _folder(self, name: str) -> Path:
         return self.output_dir / "eval" / name
+
+
+def _is_written(path: Path) -> bool:
+    """Say whether a file is there; after a power failure it may be empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _as_json(scores: Mapping[str, float]) -> bytes:
@@ -111,6 +118,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in a RuntimeError
         temporary.unlink(missing_ok=True)

@@ -83,7 +83,8 @@ def test_a_run_that_was_killed_before_its_last_evaluation_is_evaluated(tmp_path)
     assert train(tmp_path, *options) == 0
     rows, results = metrics_of(tmp_path), tmp_path / "eval" / "training_1"
     kept = torch.load(results / "teacher_checkpoint.pth", weights_only=True)["teacher"]
-    shutil.rmtree(results)
+    for path in results.iterdir():
+        path.write_bytes(b"")  # as a power failure may leave it
     lines = [{k: v for k, v in row.items() if not k.startswith(("health", "rankme"))} for row in rows]
     (tmp_path / "training_metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -178,6 +179,19 @@ def test_copies_of_another_run_are_not_continued(tmp_path, capsys):
     )
     assert train(tmp_path / "one", copies, "--no-resume", "--overwrite", "train.max_steps=2") == 0
     assert saved_steps(tmp_path / "copies") == [1]
+
+
+def test_copies_of_a_run_of_the_same_name_elsewhere_are_not_continued(tmp_path, capsys, monkeypatch):
+    copies = f"checkpointing.copy_to={tmp_path}/copies"
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    assert train("run", copies, "train.max_steps=1") == 0
+    assert train("run", copies, "train.max_steps=2") == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert sentence_of(capsys, "run", copies, code=2).startswith(
+        f"{copies} holds copies of the run in {tmp_path}/one/run, not of train.output_dir=run; name another folder"
+    )
 
 
 def test_eval_only_neither_locks_nor_cleans_up(tmp_path):
