@@ -134,7 +134,8 @@ def _load(cfg: Config, weights: str, *, checkpoint_key: str, pool: str, device: 
 def _digests(cfg: Config, job: Job, pool: str, parts: Mapping[str, str] | None = None) -> dict[str, str]:
     """Digest all that the features depend on; for rank 0. Of another pool, given the `parts` of one, at once."""
     numbers: list[Any] = [pool, job.kept_dtype, job.dtype, job.device.type]
-    versions = [version("dinov2-adapt"), torch.__version__, platform.machine()]
+    libraries = [version(name) for name in ("dinov2-adapt", "torchvision", "pillow")]  # that decode and resize
+    versions = [*libraries, torch.__version__, platform.machine()]
     if parts is not None:
         return {**parts, "format": digest_of_settings([*numbers, *versions])}
     return {

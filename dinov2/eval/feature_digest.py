@@ -44,7 +44,7 @@ def digest_of_dataset(dataset: Any, *, name: str) -> str:
 
     Cost: one look at each file.
     """
-    state = sha256(f"{name} {len(dataset)} ".encode())
+    state = sha256(f"{name} {len(dataset)} ".encode("utf-8", "surrogateescape"))
     for label, array in (
         ("targets", _call(dataset, "get_targets")),
         ("groups", _call(dataset, "groups")),
@@ -55,6 +55,7 @@ def digest_of_dataset(dataset: Any, *, name: str) -> str:
         if array is not None:
             _add_array(state, np.asarray(array))
     for part in getattr(dataset, "parts", [dataset]):
+        state.update(f"at most {getattr(part, 'max_image_pixels', None)} pixels ".encode())  # larger ones are skipped
         _add_images(state, part)
     return state.hexdigest()
 

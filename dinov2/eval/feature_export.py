@@ -100,7 +100,7 @@ def _write_safetensors(path: Path, features: FeatureSet) -> None:
         "columns": json.dumps(columns),
         "class_names": json.dumps(list(features.class_names)),
         "pool": features.pool,
-        "dataset": features.name,
+        "dataset": features.name.encode("utf-8", "backslashreplace").decode(),
     }
     tensors = {"features": features.values.contiguous(), "targets": torch.from_numpy(features.targets.copy())}
     save_file(tensors, path, metadata=metadata)

@@ -177,7 +177,8 @@ def _checksum(index: Mapping[str, Any]) -> int:
 
 def _header(tensors: Mapping[str, Tensor], **metadata: str) -> bytes:
     """Make the start of a safetensors file: length, then names, types, shapes and places as JSON."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    texts = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in metadata.items()}
+    entries: dict[str, Any] = {"__metadata__": texts}  # file names that are no UTF-8 would make it unreadable
     place = 0
     for name, tensor in tensors.items():
         end = place + math.prod(tensor.shape) * tensor.dtype.itemsize

@@ -153,6 +153,10 @@ def change_size(folder):
     return "settings of the network or of the preprocessing are different"
 
 
+def change_limit(folder):
+    return "its images, labels or columns have changed"
+
+
 @pytest.mark.parametrize(
     "change, settings",
     [
@@ -161,6 +165,7 @@ def change_size(folder):
         (change_label, []),
         (change_size, ["evaluation.knn.image_size_px=24"]),
         (change_size, ["evaluation.knn.resize_ratio=1.5"]),
+        (change_limit, ["data.max_image_pixels=100000"]),
     ],
 )
 def test_stale_features_are_not_used_and_the_log_says_why(folder, caplog, change, settings):
@@ -227,6 +232,13 @@ def test_a_killed_run_goes_on_where_it_was(folder, caplog, monkeypatch):
     assert read == ["block_000001.bin", "block_000002.bin"]
     assert "1 of 3 blocks of features are there from an earlier run" in messages(caplog)
     assert files_of(folder) == files_of(folder, "killed")
+
+
+def test_folders_whose_names_are_no_utf8(folder):
+    before = features(folder).values.clone()
+    odd = (folder / "photos").rename(folder / "photos\udce9")
+    found = features(folder, dataset=f"ImageFolder:root={odd}")
+    assert torch.equal(found.values, before) and found.columns["path"][0].startswith(str(odd))
 
 
 def test_unreadable_images(folder, caplog):
