@@ -84,16 +84,9 @@ class ClassifierSets:
 
     def predictions(self, logits: Tensor) -> Predictions:
         """Wrap a classifier's answers for the reported part, [n, classes]."""
-        source, rows = self.report.source, self.report.rows
-        groups, paths = source.group_numbers(), source.columns.get("path")
-        return Predictions(
-            name=source.name,
-            targets=self.report.classes,
-            scores=logits.double().softmax(dim=1).numpy(),
-            class_names=self.class_names,
-            places=source.places[rows],
-            groups=None if groups is None else groups[rows],
-            paths=None if paths is None else np.asarray(paths)[rows],
+        scores = logits.double().softmax(dim=1).numpy()
+        return Predictions.for_images(
+            self.report.source, targets=self.report.classes, scores=scores, class_names=self.class_names
         )
 
 
@@ -137,17 +130,20 @@ def join(parts: list[Part]) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values() for part in known]), torch.cat([part.targets for part in known])
 
 
-def right_pct(logits: Tensor, targets: Tensor, *, metric: str) -> float:
-    """Accuracy in percent: of all images, or the mean over the classes that occur; 0 for logits that are not finite.
+def predict(logits: Tensor) -> Tensor:
+    """Return the likeliest class of each image, [n, C] to [n] int64; none (-2) for logits that are not finite."""
+    return logits.argmax(dim=1).masked_fill_(~logits.isfinite().all(dim=1), -2)
+
+
+def right_pct(predicted: Tensor, targets: Tensor, *, metric: str) -> float:
+    """Accuracy in percent: of all images, or the mean over the classes that occur.
 
     Args:
-        logits: [n, C].
-        targets: class of each image, -1 for one that counts as wrong, [n].
+        predicted: class of each image, as of `predict`, [n].
+        targets: right class of each image, -1 for one that counts as wrong, [n].
         metric: one of `METRICS`.
     """
-    if not logits.isfinite().all():
-        return 0.0
-    is_right = (logits.argmax(dim=1) == targets).double()
+    is_right = (predicted == targets).double()
     if metric == METRICS[1]:
         classes, counts = torch.unique(targets, return_inverse=True)[1], torch.unique(targets, return_counts=True)[1]
         return (

@@ -94,7 +94,12 @@ def evaluate_sets(
             ks = usable_ks(nb_knn, num_train=train_labels.count(), name=train.name)
             full, votes = scores_at(*shares, ks=ks, votes_at=ks[0], **settings)
             scores += full
-            predictions = _predictions(train, val, classes=classes, votes=_in_order(shares[1], votes))
+            predictions = Predictions.for_images(
+                val,
+                targets=classes.val[val.targets >= 0],
+                scores=_in_order(shares[1], votes),
+                class_names=[train_labels.describe([label]) for label in train_labels.labels()],
+            )
         else:
             few = {"n_per_class": n_per_class, "n_tries": n_tries}
             scores += few_shot_scores(*shares, nb_knn=nb_knn, **few, **settings)
@@ -128,18 +133,3 @@ def _in_order(val: Features, votes: Tensor) -> np.ndarray:
     """Gather the votes for the labelled images of all ranks in the order of the set, [M, C]."""
     rows = all_gather_varlen(val.indices[val.targets >= 0])
     return all_gather_varlen(votes)[rows.argsort()].numpy()
-
-
-def _predictions(train: FeatureSet, val: FeatureSet, *, classes: Classes, votes: np.ndarray) -> Predictions:
-    labels = np.unique(train.targets[train.targets >= 0])
-    groups, paths = val.group_numbers(), val.columns.get("path")
-    rows = np.flatnonzero(val.targets >= 0)
-    return Predictions(
-        name=val.name,
-        targets=classes.val[rows],
-        scores=votes,
-        class_names=tuple(train.class_names[label] if train.class_names else str(label) for label in labels),
-        places=val.places[rows],
-        groups=None if groups is None else groups[rows],
-        paths=None if paths is None else paths[rows],
-    )

@@ -28,9 +28,9 @@ import torch
 from dinov2.configs import Config
 from dinov2.data import make_dataset
 from dinov2.distributed import on_every_rank, on_main_first
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, TrainingError
 from dinov2.eval.build import compute_dtype, describe_preprocessing, load_frozen_backbone
-from dinov2.eval.classifier_sets import METRICS, ClassifierSets, Part, make_classifier_sets, right_pct
+from dinov2.eval.classifier_sets import METRICS, ClassifierSets, Part, make_classifier_sets, predict, right_pct
 from dinov2.eval.linear_grid import LEARNING_RATES, NUM_BLOCKS, Candidate, LinearGrid, make_grid
 from dinov2.eval.linear_head import HeadDescription, from_fit
 from dinov2.eval.linear_training import (
@@ -163,10 +163,16 @@ def _fit_and_score(inputs: Inputs) -> Outcome:
         train_dataset=inputs.train.name,
     )
     head = from_fit(*classifier, description)
+    logits = head.logits(sets.report.values(candidate.pool))
+    if not logits.isfinite().all():
+        raise TrainingError(
+            f"linear: the best classifier of the grid, {candidate.name}, has grown beyond all numbers; give smaller "
+            "--learning-rates"
+        )
     if not inputs.is_reference:
         head.save(inputs.output_dir / f"classifier_{NAME}.safetensors")
     return Outcome(
-        predictions=sets.predictions(head.logits(sets.report.values(candidate.pool))),
+        predictions=sets.predictions(logits),
         table=f"linear classifiers on {len(sets.fit)} training images ({args.features} features), {sets.num_classes} "
         f"classes, {grid.total_steps} steps\n{candidate.name} chosen of {len(scores)} by {scores[best]:.2f} % on "
         f"{sets.description}",
@@ -224,8 +230,8 @@ def _train_on_images(inputs: Inputs, sets: ClassifierSets, grid: LinearGrid, pla
     images = AugmentedImages(_open_images(cfg, inputs.train.name), sets.fit, plan, **_preprocessing(cfg))
 
     def after_step() -> None:
-        if env.rank == 0 and (grid.step % args.save_period_iterations == 0 or grid.step == grid.total_steps):
-            save_state(path, grid)
+        if grid.step % args.save_period_iterations == 0 or grid.step == grid.total_steps:
+            on_main_first(save_state, path, grid)
         if env.rank == 0 and grid.step % args.eval_period_iterations == 0:
             score = max(_scores(grid, sets.choose, metric=args.val_metric_type))
             logger.info("step=%d best_choosing_pct=%.2f", grid.step, score)
@@ -270,11 +276,11 @@ def _digest(inputs: Inputs, sets: ClassifierSets, grid: LinearGrid) -> str:
 
 def _scores(grid: LinearGrid, part: Part, *, metric: str) -> list[float]:
     """Accuracy of each classifier in percent."""
-    values = part.values()
-    parts = [
-        torch.stack([logits.cpu() for logits in grid.logits(rows.to(grid.device))]) for rows in values.split(_ROWS)
+    predicted = [
+        torch.stack([predict(logits) for logits in grid.logits(rows.to(grid.device))]).cpu()
+        for rows in part.values().split(_ROWS)
     ]
-    return [right_pct(logits, part.targets, metric=metric) for logits in torch.cat(parts, dim=1)]
+    return [right_pct(of_one, part.targets, metric=metric) for of_one in torch.cat(predicted, dim=1)]
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def load_linear_head(path: str | Path) -> LinearHead:
     path = Path(path)
     try:
         tensors = load(path.read_bytes())
-        about = json.loads(path.with_suffix(".json").read_text())
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         names = {field.name for field in fields(HeadDescription)}
         values = {name: tuple(about[name]) if name == "class_names" else about[name] for name in names}
         head = LinearHead(weight=tensors["weight"], bias=tensors["bias"], description=HeadDescription(**values))

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dinov2.data.random_crops import cut_crops, draw_box, image_size
 from dinov2.data.random_streams import sample_seed
 from dinov2.data.samplers import SamplerType, make_sampler
-from dinov2.distributed import all_gather_objects, all_gather_varlen, get_rank, get_world_size
+from dinov2.distributed import all_gather_varlen, get_rank, get_world_size, on_every_rank
 from dinov2.errors import CheckpointError, DatasetError
 from dinov2.eval.classifier_sets import Part
 from dinov2.eval.extraction import IMAGES_OF_A_PASS, evaluation_mode, load_batches, run_passes
@@ -137,13 +137,16 @@ def train_on_images(
     classes = torch.from_numpy(images.classes)
     with evaluation_mode(model), torch.no_grad(), closing(loaded):
         for step, share in zip(track(steps, description="linear classifiers"), shares, strict=True):
-            values, error = torch.empty(0, num_features), None
-            if share:
+
+            def features_of(share: Sequence[int] = share) -> Tensor:
+                if not share:
+                    return torch.empty(0, num_features)
                 batch = next(loaded)
-                error = batch.errors[0] if batch.errors else None
-                if error is None:
-                    values = run_passes(model, batch.images, device=device, dtype=dtype)
-            _raise_together(error)
+                if batch.errors:
+                    raise DatasetError(batch.errors[0])
+                return run_passes(model, batch.images, device=device, dtype=dtype)
+
+            values = on_every_rank(features_of)
             order = [position for rank in range(get_world_size()) for position in _share(plan.positions(step), rank)]
             features = all_gather_varlen(values)[np.argsort(order)]
             grid.train_step(features.to(grid.device), classes[plan.rows(step)].to(grid.device))
@@ -158,12 +161,6 @@ def _share(positions: range, rank: int) -> list[int]:
         for number in passes
         for position in positions[number * IMAGES_OF_A_PASS : (number + 1) * IMAGES_OF_A_PASS]
     ]
-
-
-def _raise_together(error: str | None) -> None:
-    errors = [found for found in all_gather_objects(error) if found is not None]
-    if errors:
-        raise DatasetError(errors[0])
 
 
 def save_state(path: Path, grid: LinearGrid) -> None:

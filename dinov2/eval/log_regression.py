@@ -21,7 +21,7 @@ import torch
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_first
 from dinov2.errors import ConfigError
-from dinov2.eval.classifier_sets import METRICS, ClassifierSets, join, make_classifier_sets, right_pct
+from dinov2.eval.classifier_sets import METRICS, ClassifierSets, join, make_classifier_sets, predict, right_pct
 from dinov2.eval.linear_head import HeadDescription, from_fit
 from dinov2.eval.logistic import LogisticFit, LogisticRegression, group_cs
 from dinov2.eval.options import add_pool_option, pool_of
@@ -151,7 +151,7 @@ def _sweep(
             entries.append(
                 {
                     "c": fit.c,
-                    "choosing_pct": right_pct(fit.logits(choosing), answers, metric=metric),
+                    "choosing_pct": right_pct(predict(fit.logits(choosing)), answers, metric=metric),
                     "num_rounds": fit.num_rounds,
                     "has_converged": fit.has_converged,
                 }

@@ -23,7 +23,7 @@ from dinov2.eval.labels import LabelledSet
 from dinov2.eval.predictions import Predictions
 
 GROUP = "group_"  # before the name of a metric: of groups as a whole
-HEADLINES = ("top1_pct", "balanced_accuracy_pct", "f1_macro_pct", "roc_auc_macro_pct")  # those that are compared
+HEADLINES = ("top1_pct", "balanced_accuracy_pct", "f1_macro_pct", "roc_auc_macro_pct")  # those on the screen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,8 @@ class Predictions:
         rows = np.flatnonzero(images.targets >= 0)
         labels, groups, columns = images.targets[rows], images.group_numbers(), dict(images.columns)
         paths = columns.pop("path", None)
-        names = np.array(images.class_names)[labels] if images.class_names else labels
+        beyond = range(len(images.class_names), int(labels.max(initial=-1)) + 1)  # labels without a name
+        names = np.array([*images.class_names, *map(str, beyond)], dtype=object)[labels]
         return cls(
             name=images.name,
             targets=targets,

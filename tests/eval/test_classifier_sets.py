@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinov2.errors import DatasetError
-from dinov2.eval.classifier_sets import join, make_classifier_sets, right_pct
+from dinov2.eval.classifier_sets import join, make_classifier_sets, predict, right_pct
 from dinov2.eval.feature_set import FeatureSet
 
 
@@ -95,12 +95,12 @@ def test_missing_labels_and_single_classes_are_refused():
 
 
 def test_accuracy_of_images_and_of_classes():
-    logits = torch.eye(3)[torch.tensor([0, 0, 0, 1])]
+    predicted = predict(torch.eye(3)[torch.tensor([0, 0, 0, 1])])
     targets = torch.tensor([0, 0, 1, 1])
-    assert right_pct(logits, targets, metric="mean_accuracy") == 75
-    assert right_pct(logits[:3], targets[:3], metric="mean_per_class_accuracy") == 50
-    assert right_pct(logits, torch.tensor([0, 0, -1, -1]), metric="mean_accuracy") == 50
-    assert right_pct(torch.full((4, 3), torch.nan), targets, metric="mean_accuracy") == 0
+    assert right_pct(predicted, targets, metric="mean_accuracy") == 75
+    assert right_pct(predicted[:3], targets[:3], metric="mean_per_class_accuracy") == 50
+    assert right_pct(predicted, torch.tensor([0, 0, -1, -1]), metric="mean_accuracy") == 50
+    assert right_pct(predict(torch.full((4, 3), torch.nan)), targets, metric="mean_accuracy") == 0
 
 
 def test_predictions_are_probabilities_of_the_reported_images():
@@ -110,3 +110,4 @@ def test_predictions_are_probabilities_of_the_reported_images():
     np.testing.assert_allclose(found.scores.sum(axis=1), 1)
     assert found.paths.tolist() == ["v0.png", "v2.png", "v3.png"] and found.places.tolist() == [0, 2, 3]
     assert found.targets.tolist() == [0, 1, 2] and found.groups.tolist() == [0, 1, 1]
+    assert found.columns["target"].tolist() == ["a", "b", "c"] and found.columns["group"].tolist() == ["p", "q", "q"]
