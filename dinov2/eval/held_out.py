@@ -2,12 +2,12 @@
 
 With a test set, hyper-parameters are chosen on the validation set and the test set is scored once. Without one, they
 are chosen on a fifth of the training set that is held out, group by group where there are groups, and the validation
-set is scored once. Which groups are held out depends on their names (the images' paths, without groups) alone.
+set is scored once. Which groups are held out depends on their names (without groups, on the images' paths below the
+folder that holds all of them) alone, not on where that folder lies. The division is made in
+`dinov2.eval.classifier_sets`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import os
 
 import numpy as np
 
@@ -16,42 +16,6 @@ from dinov2.errors import DatasetError
 from dinov2.eval.feature_set import FeatureSet
 
 HELD_OUT_SHARE = 0.2  # of the groups, about
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The roles of images; all sets hold labelled images only."""
-
-    fit: FeatureSet  # every hyper-parameter is tried on them
-    choose: FeatureSet  # and the best one chosen on these
-    final: FeatureSet  # the training set as a whole, for the fit with the chosen hyper-parameters
-    report: FeatureSet  # scored once
-    chosen_on: str  # for the results file
-
-    def details(self) -> Mapping[str, Any]:
-        """Return what the results file says of it."""
-        counts = {"n_fit": len(self.fit), "n_choose": len(self.choose), "n_final": len(self.final)}
-        return {"chosen_on": self.chosen_on, "reported_on": self.report.name} | counts
-
-
-def select_sets(train: FeatureSet, val: FeatureSet, test: FeatureSet | None) -> Selection:
-    """Give the sets of an evaluation their roles.
-
-    Raises:
-        DatasetError: without a test set, no image or group of the training set can be spared.
-    """
-    train, val = train.labelled(), val.labelled()
-    if test is not None:
-        return Selection(fit=train, choose=val, final=train, report=test.labelled(), chosen_on=val.name)
-    is_held_out = held_out(train)
-    unit = "paths" if train.group_numbers() is None else "groups"
-    return Selection(
-        fit=train.take(~is_held_out),
-        choose=train.take(is_held_out),
-        final=train,
-        report=val,
-        chosen_on=f"{is_held_out.sum()} of {len(train)} images of {train.name}, held out by a hash of their {unit}",
-    )
 
 
 def held_out(train: FeatureSet) -> np.ndarray:
@@ -99,7 +63,7 @@ def _units(train: FeatureSet) -> tuple[np.ndarray, list[str]]:
     Groups of one name in several parts of a mixture are told apart.
     """
     paths = train.columns.get("path")
-    names = np.asarray(train.places if paths is None else paths).astype(str)
+    names = np.asarray(train.places).astype(str) if paths is None else _below_common_folder(paths)
     numbers = train.group_numbers()
     if numbers is None:
         return np.arange(len(names)), names.tolist()
@@ -107,3 +71,10 @@ def _units(train: FeatureSet) -> tuple[np.ndarray, list[str]]:
     part = np.asarray(train.columns["dataset"]).astype(str) if "dataset" in train.columns else np.full(len(shown), "")
     first = np.unique(numbers, return_index=True)[1]
     return numbers, [f"{part[row]}/{shown[row]}" if part[row] else shown[row] for row in first]
+
+
+def _below_common_folder(paths: np.ndarray) -> np.ndarray:
+    """Paths from the folder on that holds all images, [n] str."""
+    texts = np.asarray(paths).astype(str).tolist()
+    folder = os.path.commonprefix(texts).rpartition("/")[0]
+    return np.array([text[len(folder) :] for text in texts], dtype=str)

@@ -13,7 +13,6 @@ from support.dist import run_distributed
 from support.industrial_json import make_grouped_json
 
 from dinov2.errors import DatasetError
-from dinov2.eval.held_out import select_sets
 from dinov2.eval.labels import LabelledSet, match_classes
 from dinov2.eval.outcome import Outcome
 from dinov2.eval.predictions import Measurements, Predictions
@@ -48,25 +47,20 @@ def weights(tmp_path_factory):
 
 def nearest_centre(inputs):
     """Votes fall with the distance to the mean of each class."""
-    roles = select_sets(inputs.train, inputs.val, inputs.test)
-    sets = [
-        LabelledSet(name=part.name, targets=part.targets, class_names=part.class_names)
-        for part in (roles.final, roles.report)
-    ]
+    train, report = (part.labelled() for part in (inputs.train, inputs.test or inputs.val))
+    sets = [LabelledSet(name=part.name, targets=part.targets, class_names=part.class_names) for part in (train, report)]
     classes = match_classes(*sets)
     centres = np.stack(
-        [roles.final.values[torch.from_numpy(classes.train == number)].mean(dim=0) for number in range(classes.count)]
+        [train.values[torch.from_numpy(classes.train == number)].mean(dim=0) for number in range(classes.count)]
     )
-    distances = np.linalg.norm(roles.report.values.numpy()[:, None] - centres, axis=2)
+    distances = np.linalg.norm(report.values.numpy()[:, None] - centres, axis=2)
     names = [sets[0].describe([label]) for label in sets[0].labels()]
-    predictions = Predictions.for_images(
-        roles.report, targets=classes.val, scores=1 / (1e-6 + distances), class_names=names
-    )
+    predictions = Predictions.for_images(report, targets=classes.val, scores=1 / (1e-6 + distances), class_names=names)
     return Outcome(
         predictions=predictions,
         named_scores={"own_pct": 12.5},
         table=f"own table of {inputs.weights}",
-        details={"selection": roles.details(), "num_classes": classes.count},
+        details={"reported_on": report.name, "num_classes": classes.count},
     )
 
 
@@ -94,7 +88,7 @@ def test_files_and_table(weights, tmp_path, capsys):
     low, high = found["intervals_95_pct"]["top1_pct"]
     assert 20 < low < found["top1_pct"] < high < 100 and found["own_pct"] == 12.5
     assert found["intervals_from"] == {"all": "200 resamples of 599 images"} and found["n_reported"] == {"all": 599}
-    assert found["selection"]["reported_on"] == VAL and [row["class"] for row in found["per_class"]["all"]][:2]
+    assert found["reported_on"] == VAL and [row["class"] for row in found["per_class"]["all"]][:2]
     assert (found["train_dataset"], found["val_dataset"], found["pool"]) == (TRAIN, VAL, "cls")
     assert set(found["features"]) == {"train", "val"} and "compare_to" not in found
     lines = list(csv.DictReader((tmp_path / "predictions_centre.csv").open()))
@@ -169,9 +163,7 @@ def test_programs_of_one_set_leave_the_training_set_of_the_config_alone(weights,
 def test_a_test_set_is_what_is_reported(weights, tmp_path):
     assert run(weights[0], tmp_path, "--test-dataset", VAL, val=TRAIN) == 0
     found = results(tmp_path)
-    assert (
-        found["selection"]["chosen_on"] == TRAIN and found["selection"]["reported_on"] == found["test_dataset"] == VAL
-    )
+    assert found["val_dataset"] == TRAIN and found["reported_on"] == found["test_dataset"] == VAL
 
 
 def test_one_set_alone(weights, tmp_path):
