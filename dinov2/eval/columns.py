@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from dinov2.errors import DatasetError
 from dinov2.eval.feature_set import FeatureSet
@@ -21,7 +22,9 @@ def text_column(features: FeatureSet, name: str, *, needed_by: str) -> np.ndarra
     if name not in features.columns:
         known = ", ".join(sorted(features.columns)) or "none"
         raise DatasetError(f"{features.name} has no column {name!r}, which {needed_by} needs; its columns are {known}")
-    texts = np.char.strip(np.asarray(features.columns[name]).astype(str))
+    column = np.asarray(features.columns[name])
+    is_unknown = pd.isna(column)  # None and NaN, in a class of the user's own
+    texts = np.where(is_unknown, "", np.char.strip(column.astype(str)))
     if name != "group" or features.groups is None:
         return texts
     of_name = np.unique(texts, return_inverse=True)[1]

@@ -10,8 +10,6 @@ similar first), `spectrum_health.png` (singular values of the centred features).
 """
 
 import argparse
-import csv
-import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +34,7 @@ from dinov2.eval.options import pool_of
 from dinov2.eval.pooling import PooledBackbone
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 from dinov2.eval.protocols import add_set_options, refuse_other_sets
+from dinov2.eval.results import table_text
 
 logger = logging.getLogger(__name__)
 
@@ -210,12 +209,11 @@ def _write_files(inputs: Inputs, health: Health, sample: FeatureSet, other: Feat
 def duplicates_as_csv(pairs: PairMeasures, sample: FeatureSet) -> str:
     """List the pairs by path, or by place in the dataset where it knows no paths."""
     names = np.asarray(sample.columns["path"]) if "path" in sample.columns else sample.places
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["first", "second", "cosine"])
-    for (first, second), cosine in zip(pairs.duplicates, pairs.cosines, strict=True):
-        writer.writerow([names[first], names[second], f"{min(cosine, 1.0):.6f}"])
-    return text.getvalue()
+    lines = [
+        [names[first], names[second], f"{min(cosine, 1.0):.6f}"]
+        for (first, second), cosine in zip(pairs.duplicates, pairs.cosines, strict=True)
+    ]
+    return table_text(["first", "second", "cosine"], lines)
 
 
 def format_table(

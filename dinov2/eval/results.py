@@ -16,6 +16,7 @@ from dinov2.checkpoint_format import write_text
 from dinov2.eval.predictions import Predictions
 
 UNKNOWN = "(unknown to training)"  # row of classes that the training set lacks
+_OWN_COLUMNS = ("place", "path", "predicted", "is_right", "share")  # of the table of predictions
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
@@ -46,7 +47,11 @@ def write_predictions(path: Path, predictions: Predictions, *, with_shares: bool
         columns["path"] = predictions.paths
     if predictions.groups is not None:
         columns["group"] = predictions.columns.get("group", predictions.groups)
-    others = {name: values for name, values in predictions.columns.items() if name not in ("group", "target")}
+    others = {
+        f"metadata_{name}" if name in _OWN_COLUMNS else name: values
+        for name, values in predictions.columns.items()
+        if name not in ("group", "target")
+    }
     columns |= {
         "target": targets,
         "predicted": names[predicted],
@@ -59,7 +64,7 @@ def write_predictions(path: Path, predictions: Predictions, *, with_shares: bool
             f"share_{name}": [f"{share:.6f}" for share in shares[:, number]]
             for number, name in enumerate(predictions.class_names)
         }
-    _write_table(path, list(columns), zip(*columns.values(), strict=True))
+    write_text(path, table_text(list(columns), zip(*columns.values(), strict=True)))
 
 
 def write_confusion(path: Path, confusion: np.ndarray, *, class_names: Sequence[str]) -> None:
@@ -75,15 +80,16 @@ def write_confusion(path: Path, confusion: np.ndarray, *, class_names: Sequence[
     """
     names = [*class_names, UNKNOWN]
     lines = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
-    _write_table(path, ["target", *class_names], lines if confusion[-1].any() else lines[:-1])
+    write_text(path, table_text(["target", *class_names], lines if confusion[-1].any() else lines[:-1]))
 
 
-def _write_table(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+def table_text(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Lay a table out as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([_as_text(cell) for cell in header])
     writer.writerows([_as_text(cell) for cell in line] for line in lines)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def _as_text(cell: Any) -> str:

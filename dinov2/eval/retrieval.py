@@ -11,8 +11,6 @@ Files: `results_eval_retrieval.json`, `hits_retrieval.csv` (a line a hit), `retr
 """
 
 import argparse
-import csv
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from dinov2.eval.options import pool_of
 from dinov2.eval.predictions import Measurements
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 from dinov2.eval.protocols import add_set_options, refuse_other_sets
+from dinov2.eval.results import table_text
 from dinov2.eval.retrieval_scores import Retrieved, retrieve
 from dinov2.eval.retrieval_sheet import path_of, write_sheet
 
@@ -172,9 +171,7 @@ def format_table(retrieved: Retrieved, ks: Sequence[int]) -> str:
 
 def hits_as_csv(retrieved: Retrieved) -> str:
     """Write a line for each hit of each query."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["query", "query_label", "rank", "hit", "hit_label", "similarity", "right"])
+    lines = []
     is_right = retrieved.is_relevant()
     has_labels = retrieved.query_labels is not None
     paths = [path_of(retrieved.gallery, row) for row in range(len(retrieved.gallery))]
@@ -184,8 +181,8 @@ def hits_as_csv(retrieved: Retrieved) -> str:
             label = retrieved.gallery_labels[hit] if has_labels else ""
             similarity = f"{retrieved.similarities[query, rank]:.6f}"
             right = int(is_right[query, rank]) if has_labels else ""
-            writer.writerow([*own, rank + 1, paths[hit], label, similarity, right])
-    return text.getvalue()
+            lines.append([*own, rank + 1, paths[hit], label, similarity, right])
+    return table_text(["query", "query_label", "rank", "hit", "hit_label", "similarity", "right"], lines)
 
 
 if __name__ == "__main__":

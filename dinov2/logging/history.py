@@ -149,6 +149,7 @@ class History:
         for per in ("iteration", "epoch"):
             if isinstance(values, dict) and isinstance(values.get(per), int):
                 number = values.pop(per)
+                values.pop("epoch", None)  # a line of an iteration may also say which epoch that was in
                 numbers = {name: value for name, value in values.items() if isinstance(value, int | float | None)}
                 self.record(**{per: number}, **numbers)
                 return

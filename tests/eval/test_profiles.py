@@ -1,5 +1,7 @@
 """Profiles against means and medians taken one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from support.moa_table import moa_features
@@ -63,6 +65,15 @@ def test_images_without_a_label_are_left_out_and_controls_are_found_in_any_case(
     compounds = np.char.replace(features.columns["compound"], "DMSO", "dmso")
     images = take_images(moa_features(moa=moas, compound=compounds), NSC)
     assert len(images) == 42 and images.is_control.sum() == 12
+
+
+def test_what_is_unknown_has_no_text():
+    features = moa_features()
+    count = len(features)
+    known = np.array([1.5, np.nan] * (count // 2)), np.array([" a", None] * (count // 2), dtype=object)
+    features = replace(features, columns={"dose": known[0], "slide": known[1]})
+    texts = [text_column(features, name, needed_by="this").tolist()[:2] for name in ("dose", "slide")]
+    assert texts == [["1.5", ""], ["a", ""]]
 
 
 def test_groups_of_one_name_in_two_parts_of_a_mixture_are_two():

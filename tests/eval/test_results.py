@@ -31,7 +31,7 @@ def test_lines_of_predictions(tmp_path):
         [[1, 3], [4, 1]],
         paths=np.array(["x, y.png", "broken\udcff.png"]),
         groups=np.array([4, 4]),
-        columns={"group": np.array(["part 1", "part 1"]), "plate": np.array([7, 8])},
+        columns={"group": np.array(["part 1", "part 1"]), "plate": np.array([7, 8]), "share": np.array([1, 2])},
     )
     write_predictions(tmp_path / "p.csv", found, with_shares=True)
     first, second = csv.DictReader((tmp_path / "p.csv").open())
@@ -44,6 +44,7 @@ def test_lines_of_predictions(tmp_path):
         "is_right": "1",
         "share": "0.750000",
         "plate": "7",
+        "metadata_share": "1",
         "share_a": "0.250000",
         "share_b": "0.750000",
     }

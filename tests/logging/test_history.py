@@ -64,6 +64,8 @@ def test_a_run_that_goes_on_is_read(tmp_path):
     path = tmp_path / "training_metrics.json"
     path.write_text('{"iteration": 0, "total_loss": 3.0, "note": "x"}\n{"iteration": 1, "total_lo')
     assert History.load(path).to_dataframe().to_dict() == {"total_loss": {0: 3.0}}
+    path.write_text('{"iteration": 7, "epoch": 2, "loss": 1.5}\n')  # of another program
+    assert History.load(path).to_dataframe().to_dict() == {"loss": {7: 1.5}}
     path.write_text("")
     with pytest.raises(DatasetError, match="holds no metrics"):
         History.load(path)
