@@ -121,9 +121,9 @@ def _add_image_options(parser: argparse.ArgumentParser, *, name: str) -> None:
 def _draw_and_save(
     args: argparse.Namespace, cfg: Config, device: torch.device, output: Path, draw: Callable[[Shown], Image.Image]
 ) -> None:
-    """Load weights and images, draw, and write the picture; for rank 0."""
-    model = load_frozen_backbone(cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=device)
+    """Load images and weights, draw, and write the picture; for rank 0."""
     images = load_images(cfg, args.dataset, num_images=args.num_images, image_size_px=args.image_size)
+    model = load_frozen_backbone(cfg, args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=device)
     shown = Shown(
         args=args,
         model=model,
