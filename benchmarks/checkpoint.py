@@ -42,7 +42,6 @@ from dinov2.train.host_memory import keep_freed_memory
 
 RANKS = 2
 SIZES = {"base": ("vit_base", 65536), "small": ("vit_small", 4096)}
-STALLS = ("plain copy", "ours", "async_save", "async_save, kept stager")
 PLAIN_STAGER = StagingOptions(
     use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
 )
@@ -58,7 +57,7 @@ class Training:
         self.model.init_weights(seed=0)
         self.optimizer = build_optimizer(cfg, self.model)
         for param in self.model.student.parameters():
-            param.grad = torch.randn_like(param) if param.requires_grad else None
+            param.grad = torch.ones_like(param) if param.requires_grad else None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         scaler = build_grad_scaler(cfg, device=device)
@@ -123,53 +122,64 @@ def plain_copy_s(training: Training) -> float:
     return seconds(copy)
 
 
-def async_save_s(training: Training, *, kept: bool) -> dict[str, float]:
-    """DCP's `async_save`, alone and with the collecting of the states; `kept`: its stager has its buffers already."""
+def async_save_s(training: Training, *, kept: bool = False) -> dict[str, float]:
+    """DCP's `async_save`: its stall with and without the collecting of the states, and the time until it is complete.
+
+    Args:
+        training: its folder holds the files afterwards.
+        kept: its stager has been used before and has its buffers already.
+    """
     stager = DefaultStager(PLAIN_STAGER) if kept else None
     if stager is not None:
         stager.stage(training.dcp_state())
     uploads = []
-    parts: list[float] = []
+    alone: list[float] = []
 
     def save() -> None:
         state = training.dcp_state()
         started = time.perf_counter()
         uploads.append(dcp.async_save(state, checkpoint_id=training.folder / "dcp", async_stager=stager))
-        parts.append(time.perf_counter() - started)
+        alone.append(time.perf_counter() - started)
 
-    whole = seconds(save)
+    started = time.perf_counter()
+    stall = seconds(save)
     getattr(uploads[0], "upload_completion", uploads[0]).result()
+    complete = time.perf_counter() - started
     if stager is not None:
         stager.close()
-    training.remove()
-    return {"with_states": whole, "alone": parts[0]}
+    return {"stall": stall, "alone": alone[0], "complete": complete}
 
 
-def stalls_once(training: Training) -> dict[str, float]:
-    """How long training waits, by each way of saving."""
-    ours = seconds(training.save)
+def short_turn(training: Training) -> dict[str, float]:
+    """How long training waits for a save, and when it is complete."""
+    result = {"stall, plain copy": plain_copy_s(training)}
+    started = time.perf_counter()
+    result["stall, ours"] = seconds(training.save)
     training.checkpointer.wait()
+    result["complete, ours"] = time.perf_counter() - started
     training.remove()
-    result = {"plain copy": plain_copy_s(training), "ours": ours}
-    for name in STALLS[2:]:
-        times = async_save_s(training, kept="kept" in name)
-        result |= {name: times["with_states"], f"{name}, alone": times["alone"]}
+    times = async_save_s(training)
+    result["stall, async_save"] = times["stall"]
+    result["stall, async_save without states"] = times["alone"]
+    result["complete, async_save"] = times["complete"]
+    training.remove()
     return result
 
 
-def write_and_load_once(training: Training) -> dict[str, float]:
-    """Seconds until a checkpoint is complete, and until it is loaded."""
-
-    def save() -> None:
-        training.save()
-        training.checkpointer.wait()
-
-    result = {"write ours": seconds(save), "load ours": seconds(training.load)}
+def long_turn(training: Training) -> dict[str, float]:
+    """Seconds of loading, and of further ways that DCP has of saving."""
+    training.save()
+    training.checkpointer.wait()
+    result = {"load, ours": seconds(training.load)}
     training.remove()
-    result["write DCP"] = seconds(lambda: dcp.save(training.dcp_state(), checkpoint_id=training.folder / "dcp"))
+    result["complete, DCP save"] = seconds(training.dcp_save)
     alone: list[float] = []
-    result["load DCP"] = seconds(lambda: alone.append(training.dcp_load()))
-    result["load DCP, alone"] = alone[0]
+    result["load, DCP"] = seconds(lambda: alone.append(training.dcp_load()))
+    result["load, DCP without states"] = alone[0]
+    training.remove()
+    times = async_save_s(training, kept=True)
+    result["stall, async_save kept stager"] = times["stall"]
+    result["stall, kept without states"] = times["alone"]
     training.remove()
     return result
 
@@ -224,6 +234,7 @@ def memory(training: Training) -> dict[str, float]:
     saved = sums()
     measure("save ours, first", lambda: (training.save(), training.checkpointer.wait()))
     measure("save ours, later", lambda: (training.save(), training.checkpointer.wait()))
+    result["files of ours"] = open_checkpoint(training.folder, "model_0000000").size_bytes / 2**20
     measure("load ours", training.load)
     require_loaded(training.load)
     training.remove()
@@ -231,7 +242,8 @@ def memory(training: Training) -> dict[str, float]:
     measure("load DCP", training.dcp_load)
     require_loaded(training.dcp_load)
     training.remove()
-    measure("async_save DCP", lambda: async_save_s(training, kept=False))
+    measure("async_save DCP", lambda: async_save_s(training))
+    training.remove()
     return result
 
 
@@ -252,21 +264,12 @@ def run_rank(args: argparse.Namespace) -> None:
     num_bytes = sum(tensor.nbytes for tensor in training.tensors().values())
     result: dict[str, Any] = {"tensors": len(training.tensors())}
     result["state_bytes"] = sum(distributed.all_gather_objects(num_bytes))
-    training.save()
-    training.checkpointer.wait()
-    if distributed.is_main_process():
-        result["file_bytes"] = open_checkpoint(training.folder, "model_0000000").size_bytes
-    training.checkpointer.close()  # and its buffers, below, so that the first save of `memory` is one
-    training.remove()
-    del training
-    gc.collect()
-    training = Training(load_config(None, overrides), Path(args.folder))
-    extra = distributed.all_gather_objects(memory(training))
-    result["memory_mib"] = {key: max(rank[key] for rank in extra) for key in extra[0]}
-    write_and_load_once(training)
-    stalls_once(training)
-    result["stall_s"] = slowest([stalls_once(training) for _ in range(args.repeats)])
-    result["long_s"] = slowest([write_and_load_once(training) for _ in range(args.long_repeats)])
+    of_ranks = distributed.all_gather_objects(memory(training))  # warms up, too
+    result["memory_mib"] = {key: max(rank[key] for rank in of_ranks) for key in of_ranks[0]}
+    result["file_bytes"] = round(result["memory_mib"].pop("files of ours") * 2**20)
+    long_turns = slowest([long_turn(training) for _ in range(args.long_repeats)])
+    short_turn(training)  # makes what loading has dropped
+    result["seconds"] = slowest([short_turn(training) for _ in range(args.repeats)]) | long_turns
     training.checkpointer.close()
     if distributed.is_main_process():
         print(json.dumps(result))
@@ -295,28 +298,25 @@ def run_ranks(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> dict[str, float]:
     """Print the table; returns the ratios that matter."""
-    stall, long = result["stall_s"], result["long_s"]
+    times = result["seconds"]
+    medians = {name: statistics.median(values) for name, values in times.items()}
     gb = result["state_bytes"] / 1e9
     print(f"state {gb:.2f} GB, {result['tensors']} tensors on rank 0; files {result['file_bytes'] / 1e9:.2f} GB")
     print(f"\n{'seconds':34}{'median':>9}{'quartiles':>17}{'most':>9}{'GB/s':>7}{'times':>7}")
-    for times in (stall, long):
-        for name, values in times.items():
-            first, middle, third = statistics.quantiles(values)
-            print(f"{name:34}{middle:9.3f}{f'{first:.3f}-{third:.3f}':>17}{max(values):9.3f}", end="")
-            print(f"{gb / middle:7.2f}{len(values):7}")
+    for name in sorted(times):
+        first, middle, third = statistics.quantiles(times[name])
+        print(f"{name:34}{middle:9.3f}{f'{first:.3f}-{third:.3f}':>17}{max(times[name]):9.3f}", end="")
+        print(f"{gb / middle:7.2f}{len(times[name]):7}")
     print(f"\n{'peak extra memory of a process':34}{'MiB':>9}")
     for name, value in result["memory_mib"].items():
         print(f"{name:34}{value:9.0f}")
-
-    def ratio(times: dict[str, list[float]], ours: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[ours], times[other], strict=True))
-
-    ratios = {f"stall / {name}": ratio(stall, "ours", name) for name in stall if name != "ours"}
-    ratios |= {f"{kind} / {kind} DCP": ratio(long, f"{kind} ours", f"{kind} DCP") for kind in ("write", "load")}
-    ratios["load / load DCP, alone"] = ratio(long, "load ours", "load DCP, alone")
-    print("\nours, median of the turns' ratios:")
-    for name, value in ratios.items():
-        print(f"{name:34}{value:9.2f}")
+    ratios = {}
+    print("\nours, ratio of the medians to that of:")
+    for name in sorted(medians):
+        kind, _, way = name.partition(", ")
+        if way != "ours":
+            ratios[name] = medians[f"{kind}, ours"] / medians[name]
+            print(f"{name:34}{ratios[name]:9.2f}")
     return ratios
 
 
