@@ -160,6 +160,16 @@ def test_programs_give_the_same_on_two_processes(program, name, options, shared,
     assert one["sweep"] == two["sweep"] and one["top1_pct"] == two["top1_pct"]
 
 
+def test_a_grid_that_has_diverged_is_one_sentence(shared, tmp_path, capsys):
+    assert linear(arguments(shared, tmp_path, *SHORT, "--learning-rates", "1e38")) == 1
+    assert last_error(capsys).endswith("has grown beyond all numbers; give smaller --learning-rates")
+
+
+def test_patches_are_refused(shared, tmp_path, capsys):
+    assert log_regression(arguments(shared, tmp_path, "--pool", "patches")) == 2
+    assert last_error(capsys) == "error: --pool patches has many vectors an image; choose one such as cls or cls+mean"
+
+
 def test_bad_usage_is_one_sentence_and_code_2(shared, tmp_path, capsys):
     for program, options, sentence in (
         (log_regression, ["--c-values", "1", "0"], "--c-values 1 0: each must be above 0 and finite"),
