@@ -31,6 +31,7 @@ from sklearn.linear_model import LogisticRegression as Reference
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import cross_entropy
 
+from dinov2.eval.logistic import TOLERANCE as OUR_TOLERANCE
 from dinov2.eval.logistic import LogisticRegression
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,11 +82,13 @@ def objective(values: torch.Tensor, classes: torch.Tensor, c: float, *, weight: 
     return (cross_entropy(logits, classes) + (weight**2).sum() / (2 * c * len(values))).item()
 
 
-def ours(train: torch.Tensor, classes: torch.Tensor, cs: list[float], *, dtype: torch.dtype, **more) -> list:
+def ours(
+    train: torch.Tensor, classes: torch.Tensor, cs: list[float], *, dtype: torch.dtype, tolerance: float = OUR_TOLERANCE
+) -> list:
     """Fit all C together."""
     num_classes = int(classes.max()) + 1
     regression = LogisticRegression(train, classes, num_classes=num_classes, dtype=dtype, device=torch.device("cpu"))
-    fits = regression.fit(cs, max_rounds=MAX_ITER, **more)
+    fits = regression.fit(cs, max_rounds=MAX_ITER, tolerance=tolerance)
     return [(fit.weight.numpy(), fit.bias.numpy(), fit.num_rounds) for fit in fits]
 
 
