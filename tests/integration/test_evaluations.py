@@ -122,11 +122,11 @@ def test_knn_is_scikit_learns(garments, tmp_path):
     for k, weights in ((10, votes), (1, "uniform")):
         theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(train, targets)
         right = theirs.predict(val) == garments.exported()[3]
-        assert found[f"knn_{k}_top1_pct"] == pytest.approx(100 * right.mean(), abs=1e-9)
+        assert found[f"knn{k}_top1_pct"] == pytest.approx(100 * right.mean(), abs=1e-9)
         if k == 10:
             classes = sorted(path.name for path in (garments.folder / "images").iterdir())
             assert garments.predicted(tmp_path, "knn") == names_of(classes, theirs.predict(val))
-    assert found["knn_top1_pct"] == found["top1_pct"] == found["knn_10_top1_pct"] > 60
+    assert found["knn_top1_pct"] == found["top1_pct"] == found["knn10_top1_pct"] > 60
 
 
 def test_logistic_regression_is_scikit_learns(garments, tmp_path):
