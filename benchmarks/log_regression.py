@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -139,11 +140,9 @@ def measure(args: argparse.Namespace) -> None:
         once["scikit-learn, float64, 1e-12"] = Runs(tight_cs, lambda: theirs(wide, classes, tight_cs, tolerance=TIGHT))
     ours(train[:500], classes[:500], cs[:2], dtype=torch.float32)  # warm up
     theirs(narrow[:500], classes[:500], cs[:2], tolerance=TOLERANCE)
-    for _ in range(args.repeats):
-        for solver in runs.values():
-            solver.run()
-    for solver in once.values():
+    for name, solver in [*runs.items()] * args.repeats + [*once.items()]:
         solver.run()
+        print(f"{name}: {solver.seconds[-1]:.1f} s, {solver.cpu_seconds[-1]:.1f} CPU s", file=sys.stderr, flush=True)
     report(runs | once, cs, data=data, args=args)
 
 
