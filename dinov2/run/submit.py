@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, *, program: Path | None = None) -> i
 
 def _run(argv: Sequence[str] | None, *, program: Path | None) -> int:
     prog = "submit.py" if program is None else program.name
-    parser = get_args_parser(prog, program="PROGRAM ..." if program is None else f"what {program.name} takes")
+    parser = get_args_parser(prog, takes_program=program is None)
     args, passed_on = parser.parse_known_args(argv)
     if program is None:
         program, passed_on = _take_program(passed_on)

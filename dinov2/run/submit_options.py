@@ -41,13 +41,13 @@ class JobOptions:
         return Path(*without_number) / "jobs"
 
 
-def get_args_parser(prog: str, *, program: str) -> argparse.ArgumentParser:
-    """Describe the launcher's own options."""
+def get_args_parser(prog: str, *, takes_program: bool) -> argparse.ArgumentParser:
+    """Describe the launcher's own options; `takes_program`: the program to run is named among the arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [options of the job] {program}",
-        description=f"Run {program} as a job: on a Slurm cluster, or on this machine. Everything that is not "
-        "listed here is passed on untouched.",
+        usage=f"{prog} [options of the job] {'PROGRAM [its options]' if takes_program else '[options of the program]'}",
+        description=f"Run {'a program' if takes_program else prog} as a job: on a Slurm cluster, or on this "
+        "machine. Everything that is not listed here is passed on untouched.",
         allow_abbrev=False,
     )
     parser.add_argument(
