@@ -48,19 +48,24 @@ EXTRAS = {
 }
 PROGRAMS = [
     "dinov2-train = dinov2.train.train:main",
+    "dinov2-eval-attention-maps = dinov2.eval.attention_maps:main",
     "dinov2-eval-bbbc021 = dinov2.eval.bbbc021:main",
     "dinov2-eval-features = dinov2.eval.features:main",
     "dinov2-eval-health = dinov2.eval.health:main",
     "dinov2-eval-knn = dinov2.eval.knn:main",
+    "dinov2-eval-knn-curve = dinov2.eval.knn_curve:main",
     "dinov2-eval-linear = dinov2.eval.linear:main",
     "dinov2-eval-log-regression = dinov2.eval.log_regression:main",
+    "dinov2-eval-pca-maps = dinov2.eval.pca_maps:main",
     "dinov2-eval-protocols = dinov2.eval.protocols:main",
     "dinov2-eval-retrieval = dinov2.eval.retrieval:main",
+    "dinov2-eval-tsne = dinov2.eval.tsne:main",
     "dinov2-checkpoint = dinov2.run.checkpoint:main",
     "dinov2-inspect-weights = dinov2.run.inspect_weights:main",
     "dinov2-export = dinov2.run.export:main",
     "dinov2-check-data = dinov2.run.check_data:main",
     "dinov2-preview = dinov2.run.preview:main",
+    "dinov2-submit = dinov2.run.submit:main",
 ]
 DATASETS = [
     "BBBC021 = data_adapters.bbbc021:BBBC021",
