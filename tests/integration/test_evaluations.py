@@ -188,8 +188,9 @@ def test_one_and_two_processes_find_the_same(garments, tmp_path, name, options):
     options = [*garments.sets, "--num-bootstrap", "100", *options]
     alone = garments.run(name, tmp_path / "alone", *options)
     common = ["--config-file", str(CONFIG), "--pretrained-weights", str(garments.weights), "--num-workers", "0"]
-    command = [str(ROOT / "eval" / f"{name}.py"), *common, "--output-dir", str(tmp_path / "two"), *options]
-    done = launch([*command, "compute_precision.device=cpu"], num_processes=2, timeout_s=300)  # features of its own
+    command = [str(ROOT / "eval" / f"{name}.py"), *common, "--output-dir", str(tmp_path / "two")]
+    command += ["compute_precision.device=cpu", *options]
+    done = launch(command, num_processes=2, timeout_s=300)  # features of its own
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "two" / f"results_eval_{name}.json").read_text())
     assert {**alone, "config_digest": None} == {**together, "config_digest": None}

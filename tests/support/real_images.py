@@ -40,7 +40,7 @@ def write_histology_tiles(root: Path, *, side: int = 64) -> None:
             if slide == "right":
                 tile = 255 - (255 - tile.astype(np.float64)) * 0.6
             name = f"{slide}/{top}_{left}.png"
-            (root / slide).mkdir(exist_ok=True)
+            (root / slide).mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.round(tile).astype(np.uint8)).save(root / name)
             rows.append(f"{name},{'dense' if tile.mean() < 140 else 'loose'},{slide}")
     Image.new("RGB", (side, side), (255, 255, 255)).save(root / "left" / "glass.png")
