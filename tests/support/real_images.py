@@ -29,7 +29,7 @@ def stardist_images() -> Path:
 def write_histology_tiles(root: Path, *, side: int = 64) -> None:
     """Write tiles of stardist's section under haematoxylin and eosin, and one of glass, with labels in files.csv.
 
-    Its halves are two slides, one paler; tiles are dense or loose.
+    Its halves are two slides, one paler; tiles are dense (darker than the section) or loose.
     """
     section = np.asarray(Image.open(stardist_images() / "histo.jpg").convert("RGB"))
     rows = ["tile,label,slide"]
@@ -37,12 +37,13 @@ def write_histology_tiles(root: Path, *, side: int = 64) -> None:
         for left in range(0, section.shape[1] - side + 1, side):
             tile = section[top : top + side, left : left + side]
             slide = "left" if left < section.shape[1] // 2 else "right"
+            label = "dense" if tile.mean() < section.mean() else "loose"
             if slide == "right":
                 tile = 255 - (255 - tile.astype(np.float64)) * 0.6
             name = f"{slide}/{top}_{left}.png"
             (root / slide).mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.round(tile).astype(np.uint8)).save(root / name)
-            rows.append(f"{name},{'dense' if tile.mean() < 140 else 'loose'},{slide}")
+            rows.append(f"{name},{label},{slide}")
     Image.new("RGB", (side, side), (255, 255, 255)).save(root / "left" / "glass.png")
     rows.append("left/glass.png,,left")
     (root / "files.csv").write_text("\n".join(rows) + "\n")
