@@ -19,7 +19,13 @@ from dinov2.errors import ConfigError
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_export import check_export_path, save_features
 from dinov2.eval.feature_set import FeatureSet
-from dinov2.eval.options import add_features_options, config_from_options, get_backbone_parser, make_output_dir
+from dinov2.eval.options import (
+    add_features_options,
+    config_from_options,
+    get_backbone_parser,
+    make_output_dir,
+    parse_options,
+)
 from dinov2.eval.pooling import POOLS, parse_pool
 from dinov2.logging import run_program, setup_logging
 
@@ -41,10 +47,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         help="also write the features of the one dataset to this file: .npz, .safetensors or .csv; default: none",
     )
     add_features_options(parser)
-    args = parser.parse_intermixed_args(argv)
-    # a list option swallows the key=value arguments behind it; a dataset string has a colon before its first =
-    args.opts += [text for text in args.dataset or [] if "=" in text and ":" not in text.partition("=")[0]]
-    args.dataset = [text for text in args.dataset or [] if text not in args.opts]
+    args = parse_options(parser, argv)
     if not args.dataset:
         raise ConfigError("--dataset is not given; name the images, e.g. ImageFolder:root=photos")
     parse_pool(args.pool)

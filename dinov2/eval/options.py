@@ -1,6 +1,9 @@
 """Options that the evaluation programs share. Most stand for a config key, which they overrule."""
 
 import argparse
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.configs import Config, load_config
@@ -17,6 +20,7 @@ _STANDS_FOR = {  # option: config key
     "nb_knn": "evaluation.knn.nb_knn",
     "temperature": "evaluation.knn.temperature",
 }
+_KEY_AND_VALUE = re.compile(r"(defaults|[A-Za-z_]\w*(\.\w+)+)=")
 
 
 def get_args_parser(prog: str, *, description: str) -> argparse.ArgumentParser:
@@ -131,6 +135,18 @@ def add_knn_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; its key=value arguments may stand anywhere, also behind an option that takes a list.
+
+    Args:
+        parser: with the positional argument `opts`.
+        argv: None: that of the process.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    keys = [text for text in given if _KEY_AND_VALUE.match(text)]
+    return parser.parse_intermixed_args([*keys, *(text for text in given if text not in keys)])
+
+
 def config_from_options(args: argparse.Namespace) -> Config:
     """Build the config: the file, the `key=value` arguments, then the options that stand for keys.
 
@@ -143,9 +159,7 @@ def config_from_options(args: argparse.Namespace) -> Config:
     for option, key in _STANDS_FOR.items():
         value = getattr(args, option, None)
         if isinstance(value, list):
-            # a list option swallows the key=value arguments behind it
-            overrides += [text for text in value if "=" in text]
-            value = f"[{', '.join(text for text in value if '=' not in text)}]"
+            value = f"[{', '.join(value)}]"
         if value is not None:
             overrides.append(f"{key}={value}")
     return load_config(args.config_file, overrides)

@@ -16,7 +16,7 @@ from dinov2 import distributed
 from dinov2.configs import Config
 from dinov2.errors import ConfigError
 from dinov2.eval.build import compute_dtype, load_frozen_backbone
-from dinov2.eval.options import config_from_options, get_backbone_parser
+from dinov2.eval.options import config_from_options, get_backbone_parser, parse_options
 from dinov2.eval.picture_images import ShownImage, load_images
 from dinov2.logging import run_program, setup_logging
 
@@ -62,7 +62,7 @@ def run_picture(
         parser = get_backbone_parser(f"{name}.py", description=description)
         _add_image_options(parser, name=name)
         add_options(parser)
-        args = parser.parse_intermixed_args(argv)
+        args = parse_options(parser, argv)
         if not args.dataset:
             raise ConfigError("--dataset is not given; name a folder of images, or a dataset string")
         if not 1 <= args.num_images <= _MOST_IMAGES:

@@ -25,7 +25,13 @@ from dinov2.eval.build import (
 )
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_set import FeatureSet
-from dinov2.eval.options import add_features_options, config_from_options, get_args_parser, make_output_dir
+from dinov2.eval.options import (
+    add_features_options,
+    config_from_options,
+    get_args_parser,
+    make_output_dir,
+    parse_options,
+)
 from dinov2.eval.outcome import Inputs, Outcome
 from dinov2.eval.write_report import write_report
 from dinov2.logging import run_program, setup_logging
@@ -70,7 +76,7 @@ def run_evaluation(
         parser = get_args_parser(f"{name}.py", description=description)
         add_program_options(parser)
         add_options(parser)
-        args = parser.parse_intermixed_args(argv)
+        args = parse_options(parser, argv)
         if not needs_train:  # the config takes both or neither
             args.train_dataset = args.train_dataset or args.val_dataset
         _check_program_options(args)

@@ -24,7 +24,13 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.feature_cache import cached_features
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.health_views import choose_images
-from dinov2.eval.options import add_features_options, config_from_options, get_backbone_parser, make_output_dir
+from dinov2.eval.options import (
+    add_features_options,
+    config_from_options,
+    get_backbone_parser,
+    make_output_dir,
+    parse_options,
+)
 from dinov2.eval.picture_images import as_dataset_string
 from dinov2.eval.picture_program import require_png
 from dinov2.eval.pooling import POOLS, parse_pool
@@ -178,7 +184,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the optimisation, >= 0; default: 0")
     parser.add_argument("--output", metavar="PNG", help="picture; default: OUTPUT_DIR/tsne.png")
     add_features_options(parser)
-    args = parser.parse_intermixed_args(argv)
+    args = parse_options(parser, argv)
     if not args.dataset:
         raise ConfigError("--dataset is not given; name a folder of images, or a dataset string")
     if args.num_images < _FEWEST:
