@@ -1,5 +1,6 @@
-"""Set-up of all tests: one thread per process, and the same random numbers in each test."""
+"""Set-up of all tests: one thread per process, the same random numbers and the same logging in each test."""
 
+import logging
 import os
 import random
 
@@ -16,3 +17,10 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_log_levels():
+    """Programs set levels for their whole process, which would change what later tests see."""
+    for name in ("dinov2", "data_adapters"):
+        logging.getLogger(name).setLevel(logging.NOTSET)

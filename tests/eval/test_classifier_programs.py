@@ -191,7 +191,7 @@ def test_bad_usage_is_one_sentence_and_code_2(shared, tmp_path, capsys):
 def test_help_tells_defaults(capsys):
     for program, parts in (
         (linear, ("default: cached", "default: 13 from 1e-5 to 0.1", "default: 1 4", "default: 128")),
-        (log_regression, ("default: 45 from 1e-6 to 1e5", "default: 1000", "default: float64")),
+        (log_regression, ("default: 45 from 1e-6 to 1e5", "default: 1000", "default: float32")),
     ):
         assert program(["--help"]) == 0
         text = " ".join(capsys.readouterr().out.split())

@@ -79,7 +79,7 @@ def test_an_image_of_16_bits_is_shown_bright_enough():
 
 
 def test_images_are_chosen_by_hash_and_normalised(folder):
-    cfg = load_config(None, [*MODEL, *CROPS])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS])
     images = load_images(cfg, str(folder / "photos"), num_images=3, image_size_px=None)
     again = load_images(cfg, f"ImageFolder:root={folder}/photos", num_images=5, image_size_px=20)
     assert [image.name for image in images] != sorted(str(path) for path in folder.glob("photos/*/*"))[:3]
@@ -93,10 +93,10 @@ def test_images_are_chosen_by_hash_and_normalised(folder):
 
 def test_an_image_that_cannot_be_read_is_left_out_if_the_config_says_so(folder, caplog):
     (folder / "photos" / "class_0" / "bad.jpg").write_bytes(b"no image")
-    cfg = load_config(None, [*MODEL, *CROPS])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS])
     with pytest.raises(DatasetError, match=r"bad\.jpg"):
         load_images(cfg, str(folder / "photos"), num_images=40, image_size_px=16)
-    cfg = load_config(None, [*MODEL, *CROPS, "train.on_bad_image=skip"])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS, "train.on_bad_image=skip"])
     assert len(load_images(cfg, str(folder / "photos"), num_images=40, image_size_px=16)) == 7
     assert "1 images that cannot be read are left out" in caplog.text
 

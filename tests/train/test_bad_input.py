@@ -293,7 +293,8 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path, capsys, finished):
         "use student.pretrained_weights to start from the backbone"
     )
     assert sentence("train.resume_path=/none/model_0000001.rank_{rank}.pth") == (
-        "model_0000001: there is no model_0000001.manifest.json in /none, so it is not complete"
+        "train.resume_path=/none/model_0000001.rank_{rank}.pth: model_0000001: there is no model_0000001.manifest.json "
+        "in /none, so it is not complete; name another, such as outputs/run1/model_0003749"
     )
 
 
