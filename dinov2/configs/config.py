@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
+from dinov2.configs.adaptation_sections import AnchorConfig
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
 from dinov2.configs.default_layers import Family
 from dinov2.configs.evaluation_sections import EvaluationConfig
@@ -35,6 +36,7 @@ class Config:
     compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
