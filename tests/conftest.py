@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.logging import setup_logging
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
@@ -20,7 +22,10 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _default_log_levels():
-    """Programs set levels for their whole process, which would change what later tests see."""
+def _end_logging():
+    """Programs set levels and outputs for their whole process, which would change what later tests see."""
+    yield
+    setup_logging(None, rank=1)  # no file, no console
+    logging.captureWarnings(False)
     for name in ("dinov2", "data_adapters"):
         logging.getLogger(name).setLevel(logging.NOTSET)

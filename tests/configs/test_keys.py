@@ -1,15 +1,11 @@
 """Every setting does something: building, three training steps and an online k-NN read each key."""
 
-import logging
-
-import pytest
 from support.config_reads import recording
 from support.training import TINY_RUN
 
 from dinov2 import distributed
 from dinov2.configs import load_config
 from dinov2.configs.tree import leaves
-from dinov2.logging import setup_logging
 from dinov2.train.train import do_train
 
 # Read by the program before or outside `do_train`, which gets what they say as arguments.
@@ -39,13 +35,6 @@ RUNS = {
     ],
     "resnet": ["student.arch=resnet18", *NO_VIT, "ibot.loss_weight=0", "train.max_steps=1"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _end_logging():
-    yield
-    setup_logging(None, rank=1)
-    logging.captureWarnings(False)
 
 
 def test_every_key_is_read(tmp_path):

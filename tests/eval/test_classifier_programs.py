@@ -1,46 +1,32 @@
 """`eval/linear.py` and `eval/log_regression.py` on scikit-learn's digits."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from support.dist import launch
+from support.evaluation import MODEL, write_tiny_backbone
 
 from dinov2.eval.feature_files import open_feature_set
 from dinov2.eval.linear import main as linear
 from dinov2.eval.linear_head import load_linear_head
 from dinov2.eval.log_regression import default_cs
 from dinov2.eval.log_regression import main as log_regression
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
 SIZES = ["crops.global_crops_size=8", "crops.local_crops_size=8", "compute_precision.device=cpu"]
 DATA = {"--train-dataset": "Digits:split=TRAIN", "--val-dataset": "Digits:split=VAL"}
 FEW = ["--c-values", "0.1", "1e4", "10"]
 SHORT = ["--n-last-blocks", "2", "1", "--learning-rates", "0.1", "1", "--epochs", "1", "--epoch-length", "8"]
 
 
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A folder with weights and, from the first evaluation on, their features."""
     folder = tmp_path_factory.mktemp("shared")
-    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=8, init_values=1.0)
-    model.init_weights(torch.Generator().manual_seed(0))
-    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"teacher": state}, folder / "weights.pth")
+    write_tiny_backbone(folder / "weights.pth", layerscale=1.0, image_size_px=8)
     return folder
 
 

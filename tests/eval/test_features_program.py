@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +10,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from support.evaluation import MODEL, SIZES, fails_with, write_tiny_backbone
 from support.images import write_photos
 
 from dinov2.errors import ConfigError
 from dinov2.eval.feature_export import save_features
 from dinov2.eval.feature_files import open_feature_set
 from dinov2.eval.features import main
-from dinov2.logging import setup_logging
 from dinov2.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1e-5)
-    model.init_weights(torch.Generator().manual_seed(0))
-    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}}, tmp_path / "w")
+    write_tiny_backbone(tmp_path / "w")
     write_photos(tmp_path / "photos", 7, num_classes=2, size=(24, 20))
     return tmp_path
 
@@ -44,11 +32,6 @@ def folder(tmp_path):
 def arguments(folder, *more, dataset=None):
     fixed = ["--pretrained-weights", str(folder / "w"), "--output-dir", str(folder / "out"), "--num-workers", "0"]
     return [*fixed, "--dataset", dataset or f"ImageFolder:root={folder}/photos", *more, *MODEL, *SIZES]
-
-
-def fails_with(capsys, args, *, code):
-    assert main(args) == code
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def kept(folder):
@@ -95,23 +78,25 @@ def test_several_datasets_and_number_formats(folder, capsys):
 
 def test_bad_usage_is_one_sentence_and_code_2(folder, capsys):
     args = arguments(folder)
-    assert fails_with(capsys, [*args, "--output", "f.txt"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--output", "f.txt"], code=2) == (
         "error: f.txt: features are written as .npz, .safetensors or .csv"
     )
-    assert fails_with(capsys, [*args, "--output", "f.csv", "--pool", "patches"], code=2).startswith(
+    assert fails_with(main, capsys, [*args, "--output", "f.csv", "--pool", "patches"], code=2).startswith(
         "error: f.csv: a table has one row for an image"
     )
-    assert fails_with(capsys, [*args, "--pool", "last0"], code=2).startswith("error: pool 'last0': must be one of cls,")
-    assert fails_with(capsys, [*args, "--pool", "last5"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--pool", "last0"], code=2).startswith(
+        "error: pool 'last0': must be one of cls,"
+    )
+    assert fails_with(main, capsys, [*args, "--pool", "last5"], code=2) == (
         "error: pool 'last5': the backbone has only 2 blocks"
     )
     place = args.index("--dataset")
-    assert fails_with(capsys, args[:place], code=2) == (
+    assert fails_with(main, capsys, args[:place], code=2) == (
         "error: --dataset is not given; name the images, e.g. ImageFolder:root=photos"
     )
     both = arguments(folder, "Digits:split=VAL", "--output", "f.npz")
-    assert fails_with(capsys, both, code=2) == "error: --output f.npz: takes one --dataset, and 2 are given"
-    assert fails_with(capsys, arguments(folder, "--features-dir", str(folder / "w")), code=2).startswith(
+    assert fails_with(main, capsys, both, code=2) == "error: --output f.npz: takes one --dataset, and 2 are given"
+    assert fails_with(main, capsys, arguments(folder, "--features-dir", str(folder / "w")), code=2).startswith(
         f"error: --features-dir {folder}/w: cannot be written ("
     )
 
@@ -127,7 +112,7 @@ def test_resnets_have_one_pool(folder, capsys):
     model = build_model("resnet18")
     torch.save(model.state_dict(), folder / "w")
     args = [*arguments(folder), *network]
-    assert fails_with(capsys, [*args, "--pool", "cls+mean"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--pool", "cls+mean"], code=2) == (
         "error: pool 'cls+mean': a ResNet has one feature for an image, its mean over the map; use cls"
     )
     assert main(args) == 0

@@ -2,35 +2,16 @@
 
 import csv
 import json
-import logging
 
 import pytest
-import torch
+from support.evaluation import MODEL, SIZES, fails_with, write_tiny_backbone
 
 from dinov2.eval.health import main
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
-
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
 
 
 @pytest.fixture
 def weights(tmp_path):
-    paths = []
-    for seed in (0, 1):
-        model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)
-        model.init_weights(torch.Generator().manual_seed(seed))
-        paths.append(str(tmp_path / f"weights_{seed}.pth"))
-        torch.save({"teacher": {f"backbone.{name}": value for name, value in model.state_dict().items()}}, paths[-1])
-    return paths
+    return [str(write_tiny_backbone(tmp_path / f"{seed}.pth", seed=seed, layerscale=1.0)) for seed in (0, 1)]
 
 
 def arguments(weights, tmp_path, *more):
@@ -40,11 +21,6 @@ def arguments(weights, tmp_path, *more):
 
 def results(tmp_path):
     return json.loads((tmp_path / "out" / "results_eval_health.json").read_text())
-
-
-def fails_with(capsys, args, *, code):
-    assert main(args) == code
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_measures_of_one_backbone_and_what_two_have_in_common(weights, tmp_path, capsys):
@@ -93,6 +69,6 @@ def test_bad_usage_is_one_sentence_and_code_2(weights, tmp_path, capsys):
         (["--duplicate-cosine", "1.5"], "error: --duplicate-cosine 1.5: must be above -1 and at most 1"),
         (["--num-neighbours", "0"], "error: --num-neighbours 0: must be at least 1"),
     ):
-        assert fails_with(capsys, arguments(weights[0], tmp_path, *options), code=2) == sentence
+        assert fails_with(main, capsys, arguments(weights[0], tmp_path, *options), code=2) == sentence
     for options in (["--pool", "patches"], ["--train-dataset", "Digits:split=TRAIN"], ["--pool", "middle"]):
-        assert fails_with(capsys, arguments(weights[0], tmp_path, *options), code=2).startswith("error: ")
+        assert fails_with(main, capsys, arguments(weights[0], tmp_path, *options), code=2).startswith("error: ")

@@ -1,7 +1,6 @@
 """`eval/knn.py`, and k-NN while training, on scikit-learn's digits."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.dist import launch
+from support.evaluation import MODEL, SIZES, fails_with, tiny_backbone, write_tiny_backbone
 from support.industrial_json import make_grouped_json
 
 from dinov2.configs import load_config
 from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.knn import main
 from dinov2.eval.knn_online import OnlineKnn
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
 DATA = ["--train-dataset", "Digits:split=TRAIN", "--val-dataset", "Digits:split=VAL"]
 ONLINE = [
     "evaluation.knn.train_dataset_path=Digits:split=TRAIN",
@@ -31,24 +27,9 @@ ONLINE = [
 CPU = torch.device("cpu")
 
 
-def backbone():
-    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1e-5)
-    model.init_weights(torch.Generator().manual_seed(0))
-    return model
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
-
-
 @pytest.fixture
 def weights(tmp_path):
-    path = tmp_path / "teacher_checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in backbone().state_dict().items()}}, path)
-    return path
+    return write_tiny_backbone(tmp_path / "teacher_checkpoint.pth")
 
 
 def arguments(weights, tmp_path, *more):
@@ -58,11 +39,6 @@ def arguments(weights, tmp_path, *more):
 
 def results(tmp_path):
     return json.loads((tmp_path / "out" / "results_eval_knn.json").read_text())
-
-
-def fails_with(capsys, args, *, code):
-    assert main(args) == code
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_program_writes_results_and_a_table(weights, tmp_path, capsys):
@@ -123,7 +99,7 @@ def test_online_score_is_that_of_the_program(weights, tmp_path):
     assert main(arguments(weights, tmp_path, "--nb_knn", "5", "10")) == 0
     cfg = load_config(None, [*MODEL, *SIZES, *ONLINE, f"train.output_dir={tmp_path}"])
     knn = OnlineKnn.from_config(cfg, device=CPU)
-    scores = knn.score(*knn.extract(backbone())).named_scores()
+    scores = knn.score(*knn.extract(tiny_backbone())).named_scores()
     assert [name for name in scores if name.endswith("_top1_pct")] == [
         "knn_top1_pct",
         "knn5_top1_pct",
@@ -144,40 +120,42 @@ def test_a_wrong_path_fails_before_training(tmp_path):
 def test_bad_usage_is_one_sentence_and_code_2(weights, tmp_path, capsys):
     args = arguments(weights, tmp_path)
     without = [text for text in args if text not in ("--pretrained-weights", str(weights))]
-    assert fails_with(capsys, without, code=2) == (
+    assert fails_with(main, capsys, without, code=2) == (
         "error: --pretrained-weights is not given; name the file with the backbone to evaluate"
     )
     place = args.index("--val-dataset")
     # the config's own check speaks first when one of the two is missing
-    assert fails_with(capsys, args[:place] + args[place + 2 :], code=2).startswith("error: evaluation.knn.")
+    assert fails_with(main, capsys, args[:place] + args[place + 2 :], code=2).startswith("error: evaluation.knn.")
     start = args.index("--train-dataset")
-    assert fails_with(capsys, args[:start] + args[start + 4 :], code=2) == (
+    assert fails_with(main, capsys, args[:start] + args[start + 4 :], code=2) == (
         "error: evaluation.knn.train_dataset_path (--train-dataset) is not set; "
         "name labelled images, e.g. ImageFolder:root=photos"
     )
-    assert fails_with(capsys, [*args, "--n-tries", "0"], code=2) == "error: --n-tries 0: must be at least 1"
-    assert fails_with(capsys, [*args, "--n-per-class-list", "0"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--n-tries", "0"], code=2) == "error: --n-tries 0: must be at least 1"
+    assert fails_with(main, capsys, [*args, "--n-per-class-list", "0"], code=2) == (
         "error: --n-per-class-list 0: must be at least 1, or -1 for all"
     )
-    assert fails_with(capsys, [*args, "--nb_knn", "0"], code=2).startswith("error: evaluation.knn.nb_knn=[0]: must be")
-    assert fails_with(capsys, [*args, "student.archh=x"], code=2).startswith("error: unknown key student.archh")
-    assert "unrecognized arguments: --frobnicate" in fails_with(capsys, [*args, "--frobnicate"], code=2)
+    assert fails_with(main, capsys, [*args, "--nb_knn", "0"], code=2).startswith(
+        "error: evaluation.knn.nb_knn=[0]: must be"
+    )
+    assert fails_with(main, capsys, [*args, "student.archh=x"], code=2).startswith("error: unknown key student.archh")
+    assert "unrecognized arguments: --frobnicate" in fails_with(main, capsys, [*args, "--frobnicate"], code=2)
 
 
 def test_an_unwritable_output_folder_is_named(weights, tmp_path, capsys):
     (tmp_path / "out").write_text("")
-    assert fails_with(capsys, arguments(weights, tmp_path), code=2) == (
+    assert fails_with(main, capsys, arguments(weights, tmp_path), code=2) == (
         f"error: --output-dir {tmp_path}/out: cannot be written (File exists); choose another"
     )
 
 
 def test_failures_are_one_sentence_and_code_1(weights, tmp_path, capsys):
     args = arguments(weights, tmp_path)
-    assert fails_with(capsys, [*args, "student.embed_dim=96"], code=1) == (
+    assert fails_with(main, capsys, [*args, "student.embed_dim=96"], code=1) == (
         f"error: {weights}: its embedding has 48 features but the model's has 96; set student.embed_dim=48"
     )
     args[1] = str(tmp_path / "none.pth")
-    assert fails_with(capsys, args, code=1) == f"error: {tmp_path}/none.pth: no such file of weights"
+    assert fails_with(main, capsys, args, code=1) == f"error: {tmp_path}/none.pth: no such file of weights"
 
 
 def test_help_tells_defaults():
@@ -194,7 +172,7 @@ def test_groups_in_both_sets_are_refused(weights, tmp_path, capsys):
     keys = [*arguments(weights, tmp_path)]
     for option, split in (("--train-dataset", "all"), ("--val-dataset", "val")):
         keys[keys.index(option) + 1] = f"GroupedJSON:root={root}:split={split}"
-    sentence = fails_with(capsys, keys, code=1)
+    sentence = fails_with(main, capsys, keys, code=1)
     assert "has images both in GroupedJSON:root=" in sentence and "move each group to one of them" in sentence
     keys[keys.index("--train-dataset") + 1] = f"GroupedJSON:root={root}:split=train"
     assert main(keys) == 0
@@ -228,5 +206,5 @@ def test_groups_are_scored_beside_images(weights, tmp_path, capsys):
         None, [*MODEL, *SIZES, *ONLINE, *online, "evaluation.knn.nb_knn=[3, 1]", f"train.output_dir={tmp_path}"]
     )
     knn = OnlineKnn.from_config(cfg, device=CPU)
-    scores = knn.score(*knn.extract(backbone())).named_scores()
+    scores = knn.score(*knn.extract(tiny_backbone())).named_scores()
     assert {name: scores[name] for name in names} == {name: found[name] for name in names}

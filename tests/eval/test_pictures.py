@@ -1,11 +1,10 @@
 """Pictures of what a backbone sees: PCA maps, attention maps, t-SNE; as functions and as commands."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.evaluation import MODEL, SIZES
 from support.images import photo, write_photos
 
 from dinov2.configs import load_config
@@ -13,24 +12,14 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval import attention_maps, pca_maps, tsne
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.picture_images import WholeImage, as_dataset_string, load_images
-from dinov2.logging import setup_logging
 from dinov2.models import build_model
 
 CPU = torch.device("cpu")
-SIZES = {"depth": 2, "embed_dim": 48, "patch_size": 4, "img_size": 16, "init_values": 1.0}
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-CROPS = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
+SHAPE = {"depth": 2, "embed_dim": 48, "patch_size": 4, "img_size": 16, "init_values": 1.0}
 
 
 def tiny(**more):
-    model = build_model("vit_tiny", **SIZES | more)
+    model = build_model("vit_tiny", **SHAPE | more)
     model.init_weights(torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -45,7 +34,7 @@ def folder(tmp_path):
 
 def arguments(folder, *more):
     fixed = ["--pretrained-weights", str(folder / "w"), "--output-dir", str(folder / "out"), "--num-workers", "0"]
-    return [*fixed, "--dataset", str(folder / "photos"), *more, *MODEL, *CROPS]
+    return [*fixed, "--dataset", str(folder / "photos"), *more, *MODEL, *SIZES]
 
 
 def fails_with(capsys, program, args, *, code=2):
@@ -79,7 +68,7 @@ def test_an_image_of_16_bits_is_shown_bright_enough():
 
 
 def test_images_are_chosen_by_hash_and_normalised(folder):
-    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *SIZES])
     images = load_images(cfg, str(folder / "photos"), num_images=3, image_size_px=None)
     again = load_images(cfg, f"ImageFolder:root={folder}/photos", num_images=5, image_size_px=20)
     assert [image.name for image in images] != sorted(str(path) for path in folder.glob("photos/*/*"))[:3]
@@ -93,10 +82,10 @@ def test_images_are_chosen_by_hash_and_normalised(folder):
 
 def test_an_image_that_cannot_be_read_is_left_out_if_the_config_says_so(folder, caplog):
     (folder / "photos" / "class_0" / "bad.jpg").write_bytes(b"no image")
-    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *SIZES])
     with pytest.raises(DatasetError, match=r"bad\.jpg"):
         load_images(cfg, str(folder / "photos"), num_images=40, image_size_px=16)
-    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *CROPS, "train.on_bad_image=skip"])
+    cfg = load_config(None, [f"train.output_dir={folder}", *MODEL, *SIZES, "train.on_bad_image=skip"])
     assert len(load_images(cfg, str(folder / "photos"), num_images=40, image_size_px=16)) == 7
     assert "1 images that cannot be read are left out" in caplog.text
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support.dist import run_distributed
+from support.evaluation import MODEL, SIZES, write_tiny_backbone
 from support.industrial_json import make_grouped_json
 
 from dinov2.errors import DatasetError
@@ -17,32 +17,14 @@ from dinov2.eval.labels import LabelledSet, match_classes
 from dinov2.eval.outcome import Outcome
 from dinov2.eval.predictions import Measurements, Predictions
 from dinov2.eval.program import run_evaluation
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
 
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
 TRAIN, VAL = "Digits:split=TRAIN", "Digits:split=VAL"
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
-
-
-def write_weights(path, *, seed):
-    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1e-5)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return [write_weights(folder / f"{seed}.pth", seed=seed) for seed in range(2)]
+    return [str(write_tiny_backbone(folder / f"{seed}.pth", seed=seed)) for seed in range(2)]
 
 
 def nearest_centre(inputs):

@@ -2,29 +2,17 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import pytest
-import torch
 from support.dist import launch
+from support.evaluation import MODEL, SIZES, fails_with, write_tiny_backbone
 from support.moa_screen import make_moa_screen
 
 from dinov2.eval.bbbc021 import main as bbbc021
 from dinov2.eval.protocols import main as protocols
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +21,7 @@ def screen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("screen")
     make_moa_screen(folder / "cells", sites=1)
     for seed, name in enumerate(("w", "w0")):
-        model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)
-        model.init_weights(torch.Generator().manual_seed(seed))
-        backbone = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()}
-        torch.save({"teacher": backbone}, folder / f"{name}.pth")
+        write_tiny_backbone(folder / f"{name}.pth", seed=seed, layerscale=1.0)
     return folder
 
 
@@ -48,11 +33,6 @@ def arguments(screen, out, *more, dataset=None):
 
 def results(out, name):
     return json.loads((out / f"results_eval_{name}.json").read_text())
-
-
-def fails_with(main, capsys, args, *, code):
-    assert main(args) == code
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_bbbc021_reports_nsc_and_nscb_with_their_rules(screen, tmp_path, capsys):

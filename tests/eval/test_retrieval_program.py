@@ -2,32 +2,21 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.evaluation import MODEL, SIZES, fails_with, write_tiny_backbone
 
 from dinov2.data.contact_sheet import CELL
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.retrieval import main
 from dinov2.eval.retrieval_scores import retrieve
 from dinov2.eval.retrieval_sheet import QUERY, RIGHT, WRONG, choose_queries, write_sheet
-from dinov2.logging import setup_logging
-from dinov2.models import build_model
 
-MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
-SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8", "compute_precision.device=cpu"]
 COLOURS = {"red": (220, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 220)}
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +30,7 @@ def photos(tmp_path_factory):
             for number in range(count):
                 pixels = np.clip(np.array(value) + rng.integers(-30, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / name / colour / f"{number}.png")
-    model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)
-    model.init_weights(torch.Generator().manual_seed(0))
-    backbone = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()}
-    torch.save({"teacher": backbone}, folder / "w.pth")
+    write_tiny_backbone(folder / "w.pth", layerscale=1.0)
     return folder
 
 
@@ -59,11 +45,6 @@ def one_set(photos):
 
 def results(out):
     return json.loads((out / "results_eval_retrieval.json").read_text())
-
-
-def fails_with(capsys, args, *, code):
-    assert main(args) == code
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_set_against_itself(photos, tmp_path, capsys):
@@ -95,23 +76,23 @@ def test_queries_against_a_gallery_without_a_sheet(photos, tmp_path):
 
 def test_images_of_the_same_group_are_not_compared(photos, tmp_path, capsys):
     args = arguments(photos, tmp_path, *one_set(photos), "--exclude-group", "target")
-    assert fails_with(capsys, args, code=1).endswith(
+    assert fails_with(main, capsys, args, code=1).endswith(
         "no query has another image of its label to find outside its own target; there is nothing to score"
     )
     args[args.index("target")] = "slide"
-    assert "has no column 'slide', which --exclude-group slide needs" in fails_with(capsys, args, code=1)
+    assert "has no column 'slide', which --exclude-group slide needs" in fails_with(main, capsys, args, code=1)
 
 
 def test_bad_usage_is_one_sentence(photos, tmp_path, capsys):
     args = arguments(photos, tmp_path, *one_set(photos))
-    assert fails_with(capsys, [*args, "--ks", "1,x"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--ks", "1,x"], code=2) == (
         "error: --ks 1,x: must be whole numbers of at least 1 with commas, e.g. 1,5,10"
     )
-    assert fails_with(capsys, [*args, "--exclude-group", "a,,b"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--exclude-group", "a,,b"], code=2) == (
         "error: --exclude-group 'a,,b': a name is empty; write e.g. plate or slide,patient"
     )
-    assert fails_with(capsys, [*args, "--num-hits", "0"], code=2) == "error: --num-hits 0: must be at least 1"
-    assert fails_with(capsys, [*args, "--num-sheet-queries", "-1"], code=2) == (
+    assert fails_with(main, capsys, [*args, "--num-hits", "0"], code=2) == "error: --num-hits 0: must be at least 1"
+    assert fails_with(main, capsys, [*args, "--num-sheet-queries", "-1"], code=2) == (
         "error: --num-sheet-queries -1: must be at least 0"
     )
 

