@@ -16,6 +16,7 @@ from dinov2.data import make_classification_eval_transform, make_dataset
 from dinov2.data.augmentations import normalization
 from dinov2.data.splits import require_disjoint_groups
 from dinov2.errors import ConfigError
+from dinov2.eval.extraction import ExtractionSettings
 from dinov2.hub.weights import load_backbone_weights
 from dinov2.models import Backbone, build_model
 
@@ -215,11 +216,12 @@ def compute_dtype(cfg: Config, *, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def extraction_settings(cfg: Config, *, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `extract_local_features` that the config holds."""
-    return {
-        "batch_size": cfg.evaluation.knn.batch_size,
-        "num_workers": cfg.train.num_workers,
-        "dtype": compute_dtype(cfg, device=device),
-        "on_bad_image": cfg.train.on_bad_image,
-    }
+def extraction_settings(cfg: Config, *, device: torch.device) -> ExtractionSettings:
+    """Return how the config wants features to be computed."""
+    return ExtractionSettings(
+        device=device,
+        batch_size=cfg.evaluation.knn.batch_size,
+        num_workers=cfg.train.num_workers,
+        dtype=compute_dtype(cfg, device=device),
+        on_bad_image=cfg.train.on_bad_image,
+    )

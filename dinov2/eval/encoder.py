@@ -20,7 +20,7 @@ from dinov2.configs import Config
 from dinov2.data import make_classification_eval_transform
 from dinov2.data.augmentations import normalization
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.build import build_eval_transform, extraction_settings, load_frozen_backbone
+from dinov2.eval.build import build_eval_transform, compute_dtype, load_frozen_backbone
 from dinov2.eval.extraction import IMAGES_OF_A_PASS, evaluation_mode, run_passes
 from dinov2.eval.feature_digest import digest_of_network, digest_of_settings
 from dinov2.eval.feature_export import save_features
@@ -65,7 +65,7 @@ class FeatureEncoder:
             self.device = torch.device(device or "cpu")
             self.backbone = load_frozen_backbone(model, str(weights), checkpoint_key=checkpoint_key, device=self.device)
             self.transform = build_eval_transform(model)
-            self.dtype = extraction_settings(model, device=self.device)["dtype"]
+            self.dtype = compute_dtype(model, device=self.device)
             return
         self.device = torch.device(device or next(model.parameters()).device)
         self.backbone = model.to(self.device)

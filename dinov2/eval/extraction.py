@@ -34,6 +34,17 @@ logger = logging.getLogger(__name__)
 IMAGES_OF_A_PASS = 32
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings:
+    """How features are computed: the arguments of `extract_local_features` that stay the same from call to call."""
+
+    device: torch.device  # where the model is
+    batch_size: int  # images that a worker hands over at a time; changes no result
+    num_workers: int  # loader processes of one rank
+    dtype: torch.dtype = torch.float32  # of the forward pass
+    on_bad_image: Literal["error", "skip"] = "error"
+
+
 @dataclass(frozen=True)
 class Features:
     """Features of this rank's share of a dataset, on the CPU, in the dataset's order."""

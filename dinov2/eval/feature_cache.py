@@ -98,9 +98,8 @@ def cached_features(
         dataset=named,
         model=model,
         kept_dtype=DTYPES[dtype],
-        device=device,
         description=f"features of {dataset}" if show_progress else None,
-        **extraction_settings(cfg, device=device),
+        **vars(extraction_settings(cfg, device=device)),
     )
     folder = Path(features_dir).expanduser()
     parts = on_main_first(_digests, cfg, job, parsed.name)

@@ -30,10 +30,9 @@ from dinov2.eval.health_pairs import PairMeasures, neighbours_within
 from dinov2.eval.health_plots import plot_spectrum
 from dinov2.eval.health_scores import Health, measure
 from dinov2.eval.health_views import TwoViews, choose_images
-from dinov2.eval.options import pool_of
+from dinov2.eval.options import add_set_options, pool_of, refuse_other_sets
 from dinov2.eval.pooling import PooledBackbone
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
-from dinov2.eval.protocols import add_set_options, refuse_other_sets
 from dinov2.eval.results import table_text
 
 logger = logging.getLogger(__name__)
@@ -155,8 +154,7 @@ def _alignment(inputs: Inputs, places: np.ndarray) -> float:
     views, _ = extract_features(
         TwoViews(PooledBackbone(backbone, inputs.val.pool)),
         Subset(images, places.tolist()),
-        device=device,
-        **extraction_settings(cfg, device=device),
+        **vars(extraction_settings(cfg, device=device)),
     )
     return alignment(*views.chunk(2, dim=1))
 

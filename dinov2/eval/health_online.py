@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset
 from dinov2.configs import Config
 from dinov2.distributed import all_gather_varlen
 from dinov2.eval.build import NamedDataset, extraction_settings
-from dinov2.eval.extraction import Features, extract_local_features
+from dinov2.eval.extraction import ExtractionSettings, Features, extract_local_features
 from dinov2.eval.health_measures import alignment, neighbour_overlap_pct
 from dinov2.eval.health_pairs import neighbours_within
 from dinov2.eval.health_scores import measure
@@ -79,34 +79,13 @@ class OnlineHealth:
     Args:
         images: those to draw the sample from, as tensors of one size.
         num_images: of the sample, >= 2; all, if there are not more.
-        batch_size: images that a worker hands over at a time; changes no result.
-        num_workers: loader processes of one rank.
-        device: where features and measures are computed.
-        dtype: of the forward pass.
-        on_bad_image: error or skip, see `extract_local_features`.
+        extraction: how features are computed; measures are, too, on its device.
     """
 
-    def __init__(
-        self,
-        images: NamedDataset,
-        *,
-        num_images: int,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        on_bad_image: Literal["error", "skip"] = "error",
-    ) -> None:
+    def __init__(self, images: NamedDataset, *, num_images: int, extraction: ExtractionSettings) -> None:
         self._images = images
         self._places = choose_images(len(images.dataset), at_most=num_images)
-        self._device = device
-        self._extraction: dict[str, Any] = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "device": device,
-            "dtype": dtype,
-            "on_bad_image": on_bad_image,
-        }
+        self._extraction = extraction
 
     @classmethod
     def from_config(cls, cfg: Config, images: NamedDataset, *, device: torch.device) -> "OnlineHealth | None":
@@ -116,8 +95,7 @@ class OnlineHealth:
         return cls(
             images,
             num_images=cfg.evaluation.health.num_images,
-            device=device,
-            **extraction_settings(cfg, device=device),
+            extraction=extraction_settings(cfg, device=device),
         )
 
     def __call__(
@@ -144,10 +122,10 @@ class OnlineHealth:
         if len(sample.places) < 2:
             logger.warning("%s: fewer than 2 images can be read, too few for measures", sample.dataset)
             return {}, sample
-        measured = measure(sample.values, device=self._device).scores
+        measured = measure(sample.values, device=self._extraction.device).scores
         scores = {name: measured[name] for name in _RECORDED}
         views = Subset(self._images.dataset, self._places[::_SHARE_OF_VIEWS].tolist())
-        features = extract_local_features(TwoViews(backbone), views, **self._extraction)
+        features = extract_local_features(TwoViews(backbone), views, **vars(self._extraction))
         scores["alignment"] = alignment(*_in_order(features).chunk(2, dim=1))
         overlap = self._overlap(sample, start)
         return scores if overlap is None else scores | {"nn_overlap_with_start_pct": overlap}, sample
@@ -155,7 +133,7 @@ class OnlineHealth:
     def _gather(self, backbone: nn.Module, known: Features | None) -> SampleFeatures:
         if known is None:
             sample = Subset(self._images.dataset, self._places.tolist())
-            local = extract_local_features(backbone, sample, **self._extraction)
+            local = extract_local_features(backbone, sample, **vars(self._extraction))
             places = self._places[all_gather_varlen(local.indices).sort().values.numpy()]
         else:
             local = known.take(torch.isin(known.indices, torch.from_numpy(self._places)))
@@ -171,7 +149,8 @@ class OnlineHealth:
             return None
         of_both = (sample.values[torch.from_numpy(rows)], start.values[torch.from_numpy(rows_of_start)])
         now, before = (
-            neighbours_within(values, num_neighbours=NUM_NEIGHBOURS, device=self._device) for values in of_both
+            neighbours_within(values, num_neighbours=NUM_NEIGHBOURS, device=self._extraction.device)
+            for values in of_both
         )
         return neighbour_overlap_pct(now, before)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from dinov2.configs import Config
 from dinov2.distributed import all_gather_varlen
 from dinov2.eval.build import NamedDataset, build_datasets, extraction_settings
-from dinov2.eval.extraction import Features, extract_local_features
+from dinov2.eval.extraction import ExtractionSettings, Features, extract_local_features
 from dinov2.eval.feature_set import NO_LABEL
 from dinov2.eval.groups import Groups, match_groups
 from dinov2.eval.knn_evaluation import KnnResult, result_of
@@ -33,11 +33,7 @@ class OnlineKnn:
             `dinov2.eval.groups`.
         nb_knn: numbers of neighbours; those larger than the training set are left out with a warning.
         temperature: of the votes, > 0.
-        batch_size: images that a worker hands over at a time; changes no result.
-        num_workers: loader processes of one rank.
-        device: where features and similarities are computed.
-        dtype: of the forward pass.
-        on_bad_image: error or skip, see `extract_local_features`.
+        extraction: how features are computed; similarities are, too, on its device.
 
     Raises:
         DatasetError: labels are missing or do not fit each other.
@@ -51,21 +47,11 @@ class OnlineKnn:
         *,
         nb_knn: Sequence[int],
         temperature: float,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        on_bad_image: Literal["error", "skip"] = "error",
+        extraction: ExtractionSettings,
     ) -> None:
         self.train, self.val = train, val
-        self._scoring: dict[str, Any] = {"temperature": temperature, "device": device}
-        self._extraction: dict[str, Any] = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "device": device,
-            "dtype": dtype,
-            "on_bad_image": on_bad_image,
-        }
+        self._scoring: dict[str, Any] = {"temperature": temperature, "device": extraction.device}
+        self._extraction = extraction
         self._val_groups = _group_numbers(val)
         self._has_noted = False
         num_train = len(train.dataset)
@@ -88,8 +74,7 @@ class OnlineKnn:
             val,
             nb_knn=cfg.evaluation.knn.nb_knn,
             temperature=cfg.evaluation.knn.temperature,
-            device=device,
-            **extraction_settings(cfg, device=device),
+            extraction=extraction_settings(cfg, device=device),
         )
 
     def extract(self, backbone: nn.Module) -> tuple[Features, Features]:
@@ -103,7 +88,8 @@ class OnlineKnn:
             CheckpointError: features are not finite.
         """
         train, val = (
-            extract_local_features(backbone, named.dataset, **self._extraction) for named in (self.train, self.val)
+            extract_local_features(backbone, named.dataset, **vars(self._extraction))
+            for named in (self.train, self.val)
         )
         return train, val
 

@@ -12,7 +12,7 @@ from torch import nn
 from dinov2.data.datasets.mixed import MixedDataset
 from dinov2.errors import DatasetError
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.extraction import extract_features
+from dinov2.eval.extraction import ExtractionSettings, extract_features
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.knn_evaluation import evaluate_sets
 from dinov2.eval.knn_online import OnlineKnn
@@ -102,10 +102,7 @@ def evaluate(train, val, *, nb_knn=KS, batch_size=32):
         NamedDataset("VAL", val),
         nb_knn=nb_knn,
         temperature=TEMPERATURE,
-        batch_size=batch_size,
-        num_workers=0,
-        device=CPU,
-        on_bad_image="skip",
+        extraction=ExtractionSettings(device=CPU, batch_size=batch_size, num_workers=0, on_bad_image="skip"),
     )
     return knn.score(*knn.extract(nn.Flatten()))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dinov2.errors import DatasetError
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.extraction import extract_local_features
+from dinov2.eval.extraction import ExtractionSettings, extract_local_features
 from dinov2.eval.health_measures import alignment, effective_rank, neighbour_overlap_pct, rankme, singular_values
 from dinov2.eval.health_online import NUM_NEIGHBOURS, OnlineHealth, Preprocessed, SampleFeatures
 from dinov2.eval.health_pairs import compare_pairs, neighbours_within
@@ -50,8 +50,8 @@ class Backbone(nn.Module):
 
 
 def online(images, *, num_images, name="SET", **settings):
-    settings = {"batch_size": 32, "num_workers": 0} | settings
-    return OnlineHealth(NamedDataset(name, images), num_images=num_images, device=CPU, **settings)
+    extraction = ExtractionSettings(**{"device": CPU, "batch_size": 32, "num_workers": 0} | settings)
+    return OnlineHealth(NamedDataset(name, images), num_images=num_images, extraction=extraction)
 
 
 def features_of(images, backbone, places):

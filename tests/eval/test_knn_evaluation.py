@@ -14,7 +14,7 @@ from torch import nn
 from dinov2 import distributed
 from dinov2.errors import CheckpointError, ConfigError, DatasetError
 from dinov2.eval.build import NamedDataset
-from dinov2.eval.extraction import extract_features
+from dinov2.eval.extraction import ExtractionSettings, extract_features
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.knn_evaluation import evaluate_sets
 from dinov2.eval.knn_online import OnlineKnn
@@ -65,14 +65,14 @@ class Evaluation(OnlineKnn):
         return self.score(*self.extract(backbone))
 
 
-def evaluation(train=None, val=None, **settings):
-    settings = {"nb_knn": [5, 1, 20], "batch_size": 32, "num_workers": 0} | settings
+def evaluation(train=None, val=None, *, nb_knn=(5, 1, 20), **settings):
+    settings = {"device": CPU, "batch_size": 32, "num_workers": 0} | settings
     return Evaluation(
         NamedDataset("TRAIN", Images(200) if train is None else train),
         NamedDataset("VAL", Images(101, seed=1) if val is None else val),
+        nb_knn=nb_knn,
         temperature=TEMPERATURE,
-        device=CPU,
-        **settings,
+        extraction=ExtractionSettings(**settings),
     )
 
 
