@@ -9,31 +9,97 @@ from typing import ClassVar, Literal
 
 from dinov2.configs.schedule_sections import ScheduleConfig
 from dinov2.configs.section import Section
+from dinov2.errors import ConfigError
+
+START_WEIGHTS = "start"  # a value of gram.ckpt
+_LINEAR_RESIZES = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GramWeightScheduleConfig(ScheduleConfig):
-    """Weight of the Gram loss over the run; null: gram.loss_weight throughout."""
+    """Weight of the Gram loss over the run, instead of gram.loss_weight."""
 
     KEY: ClassVar[str] = "gram.loss_weight_schedule"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GramConfig(Section):
-    """Gram anchoring: similarities between patches of the student are kept to those of a frozen network."""
+    """Gram anchoring: the similarities between patches of a global crop stay those that a Gram teacher sees."""
 
     KEY: ClassVar[str] = "gram"
 
-    use_loss: bool = False  # true: the Gram loss is on
+    use_loss: bool = False  # true: the Gram loss takes part in training
+    # also record the loss among masked and among unmasked patches, and the loss where its weight is 0
+    compute_stats: bool = False
+    loss_weight: float = 1.0  # factor, >= 0; 0: the loss is not computed
+    ema_teacher: bool = False  # true: the Gram teacher is the teacher itself, on the crops it sees anyway
+    # weights of the Gram teacher; start: those that the run starts from; null: the teacher's of it_load_ema_teacher
+    ckpt: str | None = None
+    # before this step the Gram teacher becomes the teacher of that time; -1: never; without ckpt the loss begins here
+    it_load_ema_teacher: int = -1
+    rep_update: bool = True  # true: it also becomes the teacher of the time after each update_frequency steps
+    update_frequency: int = 50000  # steps, >= 1
+    it_first_update: int = 0  # step from which on rep_update acts, >= 0
+    max_updates: int | None = None  # how often rep_update acts, >= 0; null: to the end
+    normalized: bool = True  # similarities are cosines; false: dot products
+    img_level: bool = False  # between patches of one crop; false: between all patches of a process, as many squared
+    remove_neg: bool = False  # negative similarities of both count as 0
+    remove_only_teacher_neg: bool = False  # of the teacher only: there the student's may be any negative number
+    # all: every patch; masked, unmasked: those that the student does not see, or sees; with img_level=false
+    tokens_used: Literal["all", "masked", "unmasked"] = "all"
+    # how features of larger crops (crops.gram_teacher_crops_size) are brought to the student's grid of patches
+    global_teacher_resize_method: Literal["nearest", "bilinear", "bicubic", "area"] = "bicubic"
+    global_teacher_resize_antialias: bool = False  # smooth before making smaller; bilinear and bicubic only
+    # patches compared with each other, drawn anew for each crop (img_level=false: for each process) and step, >= 2;
+    # null: all, at a cost that grows with their square
+    max_tokens: int | None = None
+    loss_weight_schedule: GramWeightScheduleConfig | None = None
+
+    def __post_init__(self) -> None:
+        self.require("loss_weight", self.loss_weight >= 0, "at least 0")
+        self.require("it_load_ema_teacher", self.it_load_ema_teacher >= -1, "a step, or -1 for never")
+        self.require("update_frequency", self.update_frequency >= 1, "at least 1 step")
+        self.require("it_first_update", self.it_first_update >= 0, "at least 0")
+        self.require("max_updates", (self.max_updates or 0) >= 0, "at least 0, or null")
+        self.require("max_tokens", self.max_tokens is None or self.max_tokens >= 2, "at least 2 patches, or null")
+        if self.use_loss:
+            self._require_no_contradiction()
+
+    def _require_no_contradiction(self) -> None:
+        if self.remove_neg and self.remove_only_teacher_neg:
+            raise ConfigError("gram.remove_neg and gram.remove_only_teacher_neg are both true; set one to false")
+        if self.ema_teacher and self.ckpt is not None:
+            raise ConfigError(
+                f"gram.ema_teacher=true has no use for gram.ckpt={self.ckpt!r}; set gram.ckpt=null or "
+                f"gram.ema_teacher=false"
+            )
+        alone = self.tokens_used == "all" or not self.img_level
+        self.require("tokens_used", alone, "all with gram.img_level=true; or set gram.img_level=false")
+        smooths = not self.global_teacher_resize_antialias or self.global_teacher_resize_method in _LINEAR_RESIZES
+        self.require("global_teacher_resize_antialias", smooths, "false unless the method is bilinear or bicubic")
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether the Gram teacher's weights change during the run."""
+        return self.rep_update or self.it_load_ema_teacher >= 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorConfig(Section):
-    """Anchoring of features to the starting weights, by the cosine distance of tokens of global crops."""
+    """Anchoring of features: tokens of global crops stay near those that the starting weights give, by their angle."""
 
     KEY: ClassVar[str] = "anchor"
 
-    cls_weight: float = 0.0  # weight of the class tokens' distance, >= 0; 0: off
+    cls_weight: float = 0.0  # weight of 1 - cosine of the class tokens, >= 0; 0: off
+    patch_weight: float = 0.0  # weight of 1 - cosine of the patches that the student sees, >= 0; 0: off
+    max_tokens: int | None = None  # patches of a crop, drawn anew in each step, >= 1; null: all
 
     def __post_init__(self) -> None:
-        self.require("cls_weight", self.cls_weight >= 0, "at least 0")
+        for name in ("cls_weight", "patch_weight"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1 patch, or null")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether features are anchored."""
+        return self.cls_weight > 0 or self.patch_weight > 0

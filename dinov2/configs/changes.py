@@ -13,6 +13,7 @@ WITHOUT_EFFECT_ON_RESULTS = (
     "data.cache_dir",
     "defaults",  # the values that follow from it are compared
     "evaluation",
+    "gram.ckpt",
     "logging",
     "student.allow_partial_weights",
     "student.attention_backend",

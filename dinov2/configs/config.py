@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from dinov2.configs.adaptation_sections import AnchorConfig
+from dinov2.configs.adaptation_sections import START_WEIGHTS, AnchorConfig, GramConfig
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
 from dinov2.configs.default_layers import Family
 from dinov2.configs.evaluation_sections import EvaluationConfig
@@ -36,6 +36,7 @@ class Config:
     compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -54,18 +55,26 @@ class Config:
     refusals: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._require_patch_tokens_for_ibot()
+        self._require_patch_tokens()
         self._require_whole_patches()
         self._require_something_to_learn()
         self._require_a_statistic_per_channel()
         self._require_whole_accumulation_steps()
         self._require_schedules_within_the_run()
+        self._require_one_source_of_gram_features()
         self._require_evaluations_for_the_best()
         self._require_another_folder_for_copies()
 
-    def _require_patch_tokens_for_ibot(self) -> None:
-        if self.student.is_resnet and self.ibot.loss_weight > 0:
-            raise ConfigError(f"student.arch={self.student.arch} has no patch tokens to mask; set ibot.loss_weight=0")
+    def _require_patch_tokens(self) -> None:
+        if not self.student.is_resnet:
+            return
+        for is_on, use, setting in (
+            (self.ibot.loss_weight > 0, "mask", "ibot.loss_weight=0"),
+            (self.gram.use_loss, "compare", "gram.use_loss=false"),
+            (self.anchor.patch_weight > 0, "anchor", "anchor.patch_weight=0"),
+        ):
+            if is_on:
+                raise ConfigError(f"student.arch={self.student.arch} has no patch tokens to {use}; set {setting}")
 
     def _require_whole_patches(self) -> None:
         if self.student.is_resnet:
@@ -73,6 +82,8 @@ class Config:
         sizes = {"crops.global_crops_size": self.crops.global_crops_size}
         if self.crops.local_crops_number > 0:
             sizes["crops.local_crops_size"] = self.crops.local_crops_size
+        if self.gram.use_loss and self.crops.gram_teacher_crops_size is not None:
+            sizes["crops.gram_teacher_crops_size"] = self.crops.gram_teacher_crops_size
         if self.evaluation.knn.image_size_px is not None:
             sizes["evaluation.knn.image_size_px"] = self.evaluation.knn.image_size_px
         patch = self.student.patch_size
@@ -112,6 +123,8 @@ class Config:
             schedules = ()
         else:
             schedules = tuple(vars(self.schedules).values())
+        if self.gram.use_loss and self.gram.loss_weight_schedule is not None:
+            schedules += (self.gram.loss_weight_schedule,)
         for schedule in (*schedules, self.dino.local_loss_weight_schedule):
             warmup, cosine = schedule.warmup_epochs, schedule.cosine_epochs or 0
             is_used = schedule is not self.dino.local_loss_weight_schedule or self.dino.reweight_dino_local_loss
@@ -120,6 +133,13 @@ class Config:
                     f"{schedule.KEY}.warmup_epochs={warmup} and cosine_epochs={show_value(schedule.cosine_epochs)} go "
                     f"beyond the end of the run at optim.epochs={epochs}; shorten them"
                 )
+
+    def _require_one_source_of_gram_features(self) -> None:
+        if self.gram.use_loss and self.gram.ema_teacher and self.crops.gram_teacher_crops_size is not None:
+            raise ConfigError(
+                f"gram.ema_teacher=true compares with what the teacher sees anyway, so that "
+                f"crops.gram_teacher_crops_size={self.crops.gram_teacher_crops_size} has no use; set it to null"
+            )
 
     def _require_evaluations_for_the_best(self) -> None:
         if self.checkpointing.save_best is not None and not self.evaluation.eval_period_iterations:
@@ -176,6 +196,27 @@ def require_trainable(cfg: Config) -> None:
         first, *others = cfg.refusals
         keys = ", ".join(sentence.partition("=")[0] for sentence in others)
         raise ConfigError(f"{first} (and {len(others)} more such settings: {keys})" if others else first)
+    _require_weights_to_keep(cfg)
+
+
+def _require_weights_to_keep(cfg: Config) -> None:
+    """Raise ConfigError if a frozen network is asked for without weights that it could have."""
+    gram = cfg.gram
+    has_source = gram.ema_teacher or gram.ckpt is not None or gram.it_load_ema_teacher >= 0
+    if gram.use_loss and not has_source:
+        raise ConfigError(
+            "gram.use_loss=true needs a Gram teacher; name its weights by gram.ckpt (gram.ckpt=start: those that the "
+            "run starts from), or set gram.ema_teacher=true, or gram.it_load_ema_teacher to a step"
+        )
+    wishes = [f"anchor.{name}={getattr(cfg.anchor, name)}" for name in ("cls_weight", "patch_weight")]
+    wishes = [wish for wish in wishes if not wish.endswith("=0.0")]
+    wishes += ["gram.ckpt=start"] if gram.use_loss and gram.ckpt == START_WEIGHTS else []
+    named = cfg.MODEL.WEIGHTS or cfg.student.pretrained_weights or cfg.train.resume_path
+    if wishes and not named:
+        raise ConfigError(
+            f"{wishes[0]} keeps what the weights that the run starts from can do, but these would be random; name "
+            f"weights by student.pretrained_weights or MODEL.WEIGHTS"
+        )
 
 
 def require_train_dataset(cfg: Config) -> str:

@@ -21,6 +21,9 @@ class CropsConfig(Section):
     local_crops_scale: tuple[float, float] = (0.05, 0.32)  # smallest and largest share of the image's area, 0..1
     global_crops_size: int = 224  # px, a multiple of student.patch_size
     local_crops_size: int = 96  # px, a multiple of student.patch_size
+    # px, a multiple of student.patch_size: the Gram teacher sees the global crops in this size; null: as they are
+    gram_teacher_crops_size: int | None = None
+    gram_teacher_no_distortions: bool = False  # such crops without colour jitter, grey, blur and solarisation
 
     def __post_init__(self) -> None:
         for name in ("global_crops_scale", "local_crops_scale"):
@@ -29,6 +32,8 @@ class CropsConfig(Section):
         self.require("local_crops_number", self.local_crops_number >= 0, "at least 0")
         for name in ("global_crops_size", "local_crops_size"):
             self.require(name, getattr(self, name) >= 1, "at least 1 px")
+        size = self.gram_teacher_crops_size
+        self.require("gram_teacher_crops_size", size is None or size >= 1, "at least 1 px, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

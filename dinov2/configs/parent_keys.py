@@ -57,12 +57,6 @@ def _refused_at_once(annotation: Any, reason: str, *quiet: Any) -> ParentKey:
     return ParentKey("refused at once", reason, annotation, lambda value: value in quiet)
 
 
-def _schedule(section: str, reason: str) -> dict[str, ParentKey]:
-    numbers = {f"{section}.{name}": _ignored(float, reason) for name in ("start", "peak", "end")}
-    epochs = {f"{section}.warmup_epochs": int, f"{section}.cosine_epochs": int | None}
-    return numbers | {key: _ignored(annotation, reason) for key, annotation in epochs.items()}
-
-
 _PRECISION: Mapping[str, ParentKey] = {
     "MODEL.META_ARCHITECTURE": _honoured(
         Literal["SSLMetaArch", "MultiDistillationMetaArch"], "marks a DINOv3 file; becomes defaults=dinov3"
@@ -100,35 +94,6 @@ _LOSSES: Mapping[str, ParentKey] = {
         f"coding_rate_loss.{name}": _ignored(float, "belongs to the coding rate loss")
         for name in ("cls_loss_weight", "masked_patches_loss_weight", "epsilon")
     },
-}
-
-_OF_GRAM = "belongs to gram.use_loss"
-_GRAM: Mapping[str, ParentKey] = {
-    "gram.use_loss": _refused(bool, "Gram anchoring is not available yet", False),
-    **{
-        f"gram.{name}": _ignored(annotation, _OF_GRAM)
-        for name, annotation in {
-            "compute_stats": bool,
-            "loss_weight": float,
-            "ema_teacher": bool,
-            "ckpt": str | None,
-            "it_load_ema_teacher": int,
-            "rep_update": bool,
-            "update_frequency": int,
-            "it_first_update": int,
-            "max_updates": int | None,
-            "normalized": bool,
-            "img_level": bool,
-            "remove_neg": bool,
-            "remove_only_teacher_neg": bool,
-            "tokens_used": Literal["all", "masked", "unmasked"],
-            "global_teacher_resize_method": Literal["nearest", "bilinear", "bicubic", "area"],
-            "global_teacher_resize_antialias": bool,
-        }.items()
-    },
-    **_schedule("gram.loss_weight_schedule", _OF_GRAM),
-    "crops.gram_teacher_crops_size": _ignored(OneOrMore(int), _OF_GRAM),
-    "crops.gram_teacher_no_distortions": _ignored(bool, _OF_GRAM),
 }
 
 _TRAIN: Mapping[str, ParentKey] = {
@@ -215,11 +180,12 @@ _CROPS: Mapping[str, ParentKey] = {
     "crops.teacher_to_student_resolution_scale": _refused(float, "teacher and student see the same crops", 1.0),
 }
 
-PARENT_KEYS: Mapping[str, ParentKey] = {**_PRECISION, **_LOSSES, **_GRAM, **_TRAIN, **_STUDENT, **_CROPS}
+PARENT_KEYS: Mapping[str, ParentKey] = {**_PRECISION, **_LOSSES, **_TRAIN, **_STUDENT, **_CROPS}
 
 # Values of the parents for keys of ours, and what they mean here.
 PARENT_VALUES: Mapping[str, Mapping[Any, Any]] = {
     "student.pos_embed_type": {"ropenew": "rope"},
+    "gram.ckpt": {"ignore": None},  # stands in a released file where a path is to be given
     "checkpointing.keep_every": {99999999999999999: None},
 }
 

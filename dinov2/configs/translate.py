@@ -20,7 +20,7 @@ from dinov2.configs.values import convert
 from dinov2.errors import ConfigError
 
 _OF_RESNETS = ("arch", "in_chans", "pretrained_weights", "allow_partial_weights", "sync_batchnorm")
-_CROP_SIZES = ("crops.global_crops_size", "crops.local_crops_size")
+_CROP_SIZES = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _with_one_crop_size(given: Mapping[str, Given]) -> tuple[dict[str, Given], l
             continue
         sizes = given[key].value
         for size in sizes:
-            convert(key, size, int)
+            convert(key, size, leaves()[key].annotation)
         single[key] = Given(sizes[0], given[key].layer)
         if len(sizes) > 1:
             refusals.append(_refusal(key, sizes, "crops have one size; give one number"))
@@ -231,6 +231,11 @@ def _idle(ours: Mapping[str, Given]) -> list[str]:
     if not _value(ours, "dino.reweight_dino_local_loss"):
         schedule = {key for key in leaves() if key.startswith("dino.local_loss_weight_schedule.")}
         parts.append((schedule, "dino.reweight_dino_local_loss=false"))
+    of_gram = {key for key in leaves() if key.startswith("gram.")}
+    if not _value(ours, "gram.use_loss"):
+        parts.append((of_gram, "gram.use_loss=false"))
+    elif any(key.startswith("gram.loss_weight_schedule.") for key in ours):
+        parts.append(({"gram.loss_weight"}, "gram.loss_weight_schedule is set"))
     if not _value(ours, "dino.koleo_loss_distributed"):
         parts.append(({"dino.koleo_distributed_loss_group_size"}, "dino.koleo_loss_distributed=false"))
     if _value(ours, "compute_precision.sharding_strategy") != "HYBRID_SHARD":

@@ -32,13 +32,14 @@ def is_setting(field: dataclasses.Field) -> bool:
     return field.compare
 
 
-def optional_sections() -> list[str]:
-    """Return the names of the sections that may be absent."""
-    return [
-        field.name
-        for field in dataclasses.fields(Config)
-        if field.name in subsections(Config) and field.default is None
-    ]
+def optional_sections(section: type = Config) -> list[str]:
+    """Return the dotted names of the sections that may be absent."""
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    names = []
+    for name, inner in subsections(section).items():
+        names += [name] if defaults[name] is None else []
+        names += [f"{name}.{deeper}" for deeper in optional_sections(inner)]
+    return names
 
 
 @cache
