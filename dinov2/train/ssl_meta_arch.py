@@ -22,6 +22,7 @@ from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
 from dinov2.train.batch_statistics import average_statistics, copy_statistics
+from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_targets
 
 _NUM_GLOBAL_CROPS = 2
 
@@ -32,9 +33,7 @@ class TeacherTargets:
 
     cls: Assignments  # both global crops, crop-major, 2 * B rows
     patch: Assignments | None  # masked patches, M rows; None without the iBOT loss
-    cls_norm: Tensor  # mean length of class tokens before the head, 0-dim
-    patch_norm: Tensor
-    feature_std: Tensor  # spread of unit class tokens, 0-dim: 1 = even over the sphere, 0 = collapsed
+    signs: Mapping[str, Tensor]  # of collapse, 0-dim each
 
 
 class SSLMetaArch(nn.Module):
@@ -160,10 +159,7 @@ class SSLMetaArch(nn.Module):
         backprop(total)
         metrics |= {
             "total_loss": total.detach(),
-            "teacher_entropy": _entropy(targets.cls),
-            "cls_norm": targets.cls_norm,
-            "patch_norm": targets.patch_norm,
-            "feature_std": targets.feature_std,
+            **targets.signs,
             "dino_center_norm": self.dino_loss.center.norm(),
             "ibot_center_norm": self.ibot_patch_loss.center.norm(),
         }
@@ -179,15 +175,9 @@ class SSLMetaArch(nn.Module):
         if self.ibot_loss_weight > 0:
             masked = patches.flatten(0, 1).index_select(0, images["mask_indices_list"])  # [M, D]
             patch_targets = self._assign(self.ibot_patch_loss, _patch_head(self.teacher)(masked), teacher_temp)
-        cls = cls.float()
-        unit = nn.functional.normalize(cls, dim=-1)
-        return TeacherTargets(
-            cls=cls_targets,
-            patch=patch_targets,
-            cls_norm=cls.norm(dim=-1).mean(),
-            patch_norm=patches.float().norm(dim=-1).mean(),
-            feature_std=unit.std(dim=0, correction=0).square().sum().sqrt(),
-        )
+        signs = signs_of_crops(images["collated_global_crops"]) | signs_of_features(cls) | signs_of_targets(cls_targets)
+        signs["patch_norm"] = patches.float().norm(dim=-1).mean()
+        return TeacherTargets(cls=cls_targets, patch=patch_targets, signs=signs)
 
     def student_losses(
         self, images: dict[str, Tensor], targets: TeacherTargets, *, dino_local_loss_weight: float = 1.0
@@ -296,8 +286,3 @@ def _head(in_dim: int, section: HeadConfig) -> DINOHead:
 
 def _patch_head(networks: nn.ModuleDict) -> DINOHead:
     return networks["ibot_head"] if "ibot_head" in networks else networks["dino_head"]
-
-
-def _entropy(assignments: Assignments) -> Tensor:
-    """Mean entropy of assignments in nats, 0-dim: log K is uniform, 0 is one prototype each."""
-    return torch.special.entr(assignments.dense()).sum(dim=-1).mean()

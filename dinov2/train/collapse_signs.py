@@ -1,0 +1,71 @@
+"""Signs by which one sees in each step whether a run is healthy: of its images, its features and its targets.
+
+| sign | says | healthy | trouble |
+| --- | --- | --- | --- |
+| `blank_pct` | global crops of a single colour, in percent | near 0 | 100: there is nothing to learn from |
+| `image_separation` | how far images lie apart, beside two crops of one image | well above 1 | 1: images are copies |
+| `feature_std` | how far unit features spread over the sphere | steady | towards 0: the features collapse |
+| `prototype_usage` | share of the prototypes that the images of the batch are assigned to | steady | towards 1 / K |
+| `teacher_entropy` | how undecided the targets are, nats | steady, below log K | log K: they say nothing |
+
+All are of the teacher, on whole crops. Those of images and features are means over ranks of each rank's batch.
+
+Shapes: B images on this rank, 2 global crops, D features, K prototypes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinov2.distributed import all_reduce_mean
+from dinov2.loss.assignments import Assignments
+
+_BLANK_RANGE = 0.05  # of normalised values: about three of 256 levels, so that compression does not hide a blank image
+
+
+def signs_of_crops(crops: Tensor) -> dict[str, Tensor]:
+    """Count the crops of a single colour: normalised images [2 * B, C, H, W] to a 0-dim percentage.
+
+    What is added to a blank crop (jitter, blur, solarisation) leaves it blank.
+    """
+    lowest, highest = crops.flatten(2).aminmax(dim=2)  # [2 * B, C]
+    return {"blank_pct": 100 * (highest - lowest < _BLANK_RANGE).all(dim=1).float().mean()}
+
+
+def signs_of_features(cls: Tensor) -> dict[str, Tensor]:
+    """Measure class tokens [2 * B, D], crop-major: their length, their spread and how far images lie apart.
+
+    Separation is the ratio of variances of a one-way analysis of variance over unit features, an image being a group of
+    two crops. If the crops of a batch could as well be of one image, it is 1 on average; 0 where all features are the
+    same. A rank with one image has nothing to compare it with and gives none.
+    """
+    cls = cls.float()
+    unit = F.normalize(cls, dim=-1)
+    signs = {
+        "cls_norm": cls.norm(dim=-1).mean(),
+        "feature_std": unit.std(dim=0, correction=0).square().sum().sqrt(),
+    }
+    first, second = unit.chunk(2)
+    if len(first) > 1:
+        within = (first - second).square().sum(dim=1).mean() / 2
+        between = 2 * ((first + second) / 2).var(dim=0).sum()
+        signs["image_separation"] = between / within.clamp_min(torch.finfo(within.dtype).tiny)
+    return signs
+
+
+def signs_of_targets(assignments: Assignments) -> dict[str, Tensor]:
+    """Measure assignments of N rows to K prototypes.
+
+    Returns:
+        `teacher_entropy`: mean entropy of a row in nats; log K is uniform, 0 is one prototype each.
+        `prototype_usage`: exp of the entropy of the mean row of all ranks, as a share of K; with a prototype for each row
+        it is N / K.
+
+    Cost: an all-reduce of K floats.
+    """
+    rows = assignments.dense()
+    mean = all_reduce_mean(rows.mean(dim=0))
+    return {
+        "teacher_entropy": torch.special.entr(rows).sum(dim=-1).mean(),
+        "prototype_usage": torch.special.entr(mean).sum().exp() / rows.shape[1],
+    }
