@@ -50,7 +50,6 @@ from dinov2.checkpoint_format.stored import (
     StoredPieces,
     is_optimizer_state,
     read_rank_index,
-    verify_checkpoint,
 )
 
 __all__ = [
@@ -86,7 +85,6 @@ __all__ = [
     "remove_manifest",
     "split_path",
     "to_plain",
-    "verify_checkpoint",
     "write_manifest",
     "write_rank_file",
     "write_text",

@@ -231,30 +231,6 @@ def read_rank_index(folder: Path, manifest: Manifest, rank: int) -> RankIndex:
     return MappedFile(folder, manifest, rank).read_index()
 
 
-def verify_checkpoint(folder: Path, name: str) -> list[str]:
-    """Compare every byte of a checkpoint with its manifest; returns what is wrong, a sentence for each damaged file.
-
-    Raises:
-        CheckpointError: it has a format version that this program does not know.
-    """
-    try:
-        manifest = open_checkpoint(folder, name)
-    except DamagedCheckpointError as error:
-        return [str(error)]
-    problems = []
-    for rank in range(manifest.world_size):
-        try:
-            MappedFile(folder, manifest, rank).verify_all()
-        except DamagedCheckpointError as error:
-            problems.append(str(error))
-    if not problems:
-        try:
-            StoredCheckpoint.open(folder, name)
-        except DamagedCheckpointError as error:
-            problems.append(str(error))
-    return problems
-
-
 def is_optimizer_state(value: Any) -> bool:
     """Say whether the state of a checkpointable is that of an optimiser, with parameters by name."""
     return isinstance(value, Mapping) and value.keys() == {"state", "param_groups"}

@@ -31,10 +31,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dinov2.eval.options import pool_of
+from dinov2.eval.options import pool_of, refuse_other_sets
 from dinov2.eval.program import run_evaluation
 from dinov2.eval.protocol_forms import NSC, NSCB, PLATES, TREATMENTS, WELLS
-from dinov2.eval.protocols import Variant, add_profile_options, refuse_other_sets, score_variants, variants_of
+from dinov2.eval.protocols import Variant, add_profile_options, score_variants, variants_of
 
 _LEVELS = {"wells": (WELLS, TREATMENTS), "plates": (WELLS, PLATES, TREATMENTS)}
 

@@ -92,6 +92,22 @@ def add_pool_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs that take one set of images, with one vector each."""
+    parser.add_argument(
+        "--dataset", dest="val_dataset", metavar="S", help="images with their metadata; the same as --val-dataset"
+    )
+    add_pool_option(parser)
+
+
+def refuse_other_sets(args: argparse.Namespace, *, may_train: bool = False) -> None:
+    """Refuse sets that have no effect: a program of one set takes neither a test set nor, mostly, a training set."""
+    if args.test_dataset:
+        raise ConfigError("--test-dataset has no effect here: nothing is chosen that a test set would have to confirm")
+    if args.train_dataset != args.val_dataset and not may_train:
+        raise ConfigError("--train-dataset has no effect here: the images of --dataset are compared with each other")
+
+
 def pool_of(cfg: Config, args: argparse.Namespace) -> str:
     """Return the pool of features that --pool names.
 

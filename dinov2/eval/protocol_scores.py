@@ -10,22 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
-from dinov2 import distributed
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import DatasetError
 from dinov2.eval.feature_set import FeatureSet
 from dinov2.eval.labels import LabelledSet
-from dinov2.eval.neighbours import vote
 from dinov2.eval.predictions import Predictions
 from dinov2.eval.profile_normalization import Step, normalize
 from dinov2.eval.profiles import Images, Profiles, build_profiles, take_images, text_of, values_of
+from dinov2.eval.protocol_classifiers import logistic_probabilities, num_neighbours, votes_of_neighbours
 from dinov2.eval.protocol_forms import Level, Protocol
 from dinov2.eval.ranking import Excluded, find_nearest
-
-_MAX_STEPS = 1000  # of logistic regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +237,14 @@ def _classify(prepared: _Prepared, *, device: torch.device) -> Scored:
     values, codes = prepared.profiles.values, torch.from_numpy(prepared.codes())
     targets = torch.from_numpy(np.searchsorted(class_names, prepared.labels))
     similarities, nearest = find_nearest(
-        values, values, excluded=Excluded.within(codes), k=_num_neighbours(protocol, len(values)), device=device
+        values, values, excluded=Excluded.within(codes), k=num_neighbours(protocol, len(values)), device=device
     )
     if protocol.classifier == "knn":
-        scores = _votes(similarities, nearest, targets, temperature=protocol.temperature, num_classes=len(class_names))
+        scores = votes_of_neighbours(
+            similarities, nearest, targets, temperature=protocol.temperature, num_classes=len(class_names)
+        )
     else:
-        scores = _logistic(values, targets, codes, c=protocol.c, num_classes=len(class_names))
+        scores = logistic_probabilities(values, targets, codes, c=protocol.c, num_classes=len(class_names))
     return Scored(
         protocol=protocol,
         name=name,
@@ -306,51 +302,6 @@ def _notes_of_hopeless(prepared: _Prepared, hopeless: Sequence[str]) -> tuple[st
         f"profiles that differ in {excluded}, so protocol {protocol.name} could never be right; their {count} "
         f"profiles {what}",
     )
-
-
-def _num_neighbours(protocol: Protocol, num_profiles: int) -> int:
-    if protocol.classifier != "knn":
-        return 1  # to name the nearest
-    if protocol.k >= num_profiles:
-        raise ConfigError(
-            f"--protocol {protocol.name}: k={protocol.k} must be below the number of profiles, {num_profiles}"
-        )
-    return protocol.k
-
-
-def _votes(
-    similarities: Tensor, nearest: Tensor, targets: Tensor, *, temperature: float, num_classes: int
-) -> np.ndarray:
-    """Let the neighbours vote, [p, C]; equal votes for all labels where there is no neighbour."""
-    is_alone = nearest[:, 0] < 0
-    similarities = similarities.masked_fill(is_alone[:, None], 0)
-    k = similarities.shape[1]
-    ((_, votes),) = vote(
-        similarities, targets[nearest.clamp(min=0)], ks=[k], temperature=temperature, num_classes=num_classes
-    )
-    return torch.where(is_alone[:, None], 1 / num_classes, votes).numpy()
-
-
-def _logistic(values: Tensor, targets: Tensor, codes: Tensor, *, c: float, num_classes: int) -> np.ndarray:
-    """Probabilities by logistic regression, [p, C]; a model for each group, fitted to all it may be compared with.
-
-    The features of each fit are scaled to mean 0 and variance 1. Ranks take every W-th group.
-    """
-    data, labels = values.double().numpy(), targets.numpy()
-    kinds, inverse = np.unique(codes.numpy(), axis=0, return_inverse=True)
-    scores = np.zeros((len(data), num_classes))
-    for number in range(distributed.get_rank(), len(kinds), distributed.get_world_size()):
-        rows = np.flatnonzero(inverse.reshape(-1) == number)
-        fitted = np.flatnonzero((codes.numpy() != kinds[number]).all(axis=1))
-        known = np.unique(labels[fitted])
-        if len(known) < 2:
-            scores[np.ix_(rows, known)] = 1
-            continue
-        scaler = StandardScaler().fit(data[fitted])
-        model = LogisticRegression(C=c, max_iter=_MAX_STEPS).fit(scaler.transform(data[fitted]), labels[fitted])
-        scores[np.ix_(rows, known)] = model.predict_proba(scaler.transform(data[rows]))
-    scores = distributed.all_reduce_sum(torch.from_numpy(scores)).numpy()
-    return np.where(scores.sum(axis=1, keepdims=True) > 0, scores, 1 / num_classes)
 
 
 def details_of(scored: Scored) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dinov2.errors import ConfigError
-from dinov2.eval.options import add_pool_option, pool_of
+from dinov2.eval.options import add_set_options, pool_of, refuse_other_sets
 from dinov2.eval.profile_normalization import Step, parse_steps
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
 from dinov2.eval.protocol_forms import Protocol, parse_protocol
@@ -67,22 +67,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     refuse_other_sets(args)
     variants_of(args.protocol, args.normalize)
-
-
-def refuse_other_sets(args: argparse.Namespace, *, may_train: bool = False) -> None:
-    """Refuse sets that have no effect: a program of one set takes neither a test set nor, mostly, a training set."""
-    if args.test_dataset:
-        raise ConfigError("--test-dataset has no effect here: nothing is chosen that a test set would have to confirm")
-    if args.train_dataset != args.val_dataset and not may_train:
-        raise ConfigError("--train-dataset has no effect here: the images of --dataset are compared with each other")
-
-
-def add_set_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of programs that take one set of images, with one vector each."""
-    parser.add_argument(
-        "--dataset", dest="val_dataset", metavar="S", help="images with their metadata; the same as --val-dataset"
-    )
-    add_pool_option(parser)
 
 
 def add_profile_options(parser: argparse.ArgumentParser) -> None:

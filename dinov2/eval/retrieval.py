@@ -21,10 +21,9 @@ from dinov2.checkpoint_format import write_text
 from dinov2.errors import ConfigError
 from dinov2.eval.build import open_eval_dataset
 from dinov2.eval.columns import TARGET
-from dinov2.eval.options import pool_of
+from dinov2.eval.options import add_set_options, pool_of, refuse_other_sets
 from dinov2.eval.predictions import Measurements
 from dinov2.eval.program import Inputs, Outcome, run_evaluation
-from dinov2.eval.protocols import add_set_options, refuse_other_sets
 from dinov2.eval.results import table_text
 from dinov2.eval.retrieval_scores import Retrieved, retrieve
 from dinov2.eval.retrieval_sheet import path_of, write_sheet

@@ -13,21 +13,6 @@ from dinov2.fsdp.layout import Layout, layout_of, local_part
 from dinov2.fsdp.wrap import reshard
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return this rank's parts of all parameters and persistent buffers, sharing their memory."""
-    return {name: local_part(tensor) for name, tensor in _model_tensors(model).items()}
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimiser's state, local parts only, and its groups, with parameter names for indices."""
-    saved = _optimizer_tensors(model, optimizer)
-    state = {
-        name: {key: local_part(value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        for name, values in saved["state"].items()
-    }
-    return {"state": state, "param_groups": saved["param_groups"]}
-
-
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> None:
     """Fill this rank's parts in place; names, shapes and types must be those that were saved.
@@ -59,7 +44,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
         CheckpointError: the optimiser has other groups, or other parameters in one.
         DamagedCheckpointError: what was read is not what was written.
     """
-    running = _optimizer_tensors(model, optimizer)["param_groups"]
+    running = _named_groups(model, optimizer)
     _check_groups([group["params"] for group in saved["param_groups"]], [group["params"] for group in running])
     params = dict(model.named_parameters())
     order = [name for group in running for name in group["params"]]
@@ -77,15 +62,11 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimiser's state by parameter name, sharded tensors as they are, and its groups with names."""
+def _named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return an optimiser's groups with parameter names."""
     reshard(model)
     names = {id(param): name for name, param in model.named_parameters()}
-    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-    return {
-        "state": {names[id(param)]: dict(values) for param, values in optimizer.state.items()},
-        "param_groups": groups,
-    }
+    return [group | {"params": [names[id(param)] for param in group["params"]]} for group in optimizer.param_groups]
 
 
 def _fill(target: Tensor, source: StoredPieces, *, layout: Layout) -> None:

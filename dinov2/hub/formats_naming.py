@@ -142,11 +142,6 @@ def change(table: Table, changes: Table) -> Table:
     return table | changes
 
 
-def without(table: Table, *names: str) -> Table:
-    """Leave out what a library has no place for."""
-    return {official: spellings for official, spellings in table.items() if official not in names}
-
-
 def _as_list(spellings: str | Spelling | list[str | Spelling]) -> list[str | Spelling]:
     return spellings if isinstance(spellings, list) else [spellings]
 

@@ -13,6 +13,7 @@ import torch
 from dinov2 import checkpoint_format as files
 from dinov2.checkpoint_format import StoredCheckpoint
 from dinov2.errors import CheckpointError
+from dinov2.run.checkpoint_verify import verify
 
 NAME = "model_0000003"
 VERSION_1 = Path(__file__).parent.parent / "data" / "checkpoint_v1"  # by the first release, FULL_SHARD on 2 processes
@@ -87,7 +88,7 @@ def test_rows_of_all_ranks_make_whole_tensors(tmp_path):
     assert stored.optimizer["param_groups"] == [{"lr": 0.1}] and stored.optimizer_state("other") == {}
     assert stored.rank_values(1) == {"rng": {"torch": torch.tensor([1])}}
     assert stored.extra == {"iteration": 3, "samples_seen": 36} and stored.checkpointable_names == ["optimizer", "rng"]
-    assert files.verify_checkpoint(tmp_path, NAME) == []
+    assert verify(tmp_path, NAME)[1] == []
 
 
 def test_any_changed_byte_is_found(tmp_path):
@@ -97,10 +98,10 @@ def test_any_changed_byte_is_found(tmp_path):
     ends = [*range(80), *range(size - 80, size)]  # headers, padding and the directory
     for position in [*ends, *random.Random(0).sample(range(size), 60)]:
         change_byte(path, position)
-        problems = files.verify_checkpoint(tmp_path, NAME)
+        problems = verify(tmp_path, NAME)[1]
         assert len(problems) == 1 and problems[0].startswith(f"{NAME}.rank_1.pth"), position
         change_byte(path, position)
-    assert files.verify_checkpoint(tmp_path, NAME) == []
+    assert verify(tmp_path, NAME)[1] == []
 
 
 def test_a_slice_is_verified_and_the_rest_of_the_file_not(tmp_path):
@@ -134,7 +135,7 @@ def test_missing_truncated_and_swapped_files_are_named(tmp_path):
     )
     first.unlink()
     assert refusal(tmp_path) == f"{NAME}: 1 of 2 rank files found, {first.name} is missing"
-    assert files.verify_checkpoint(tmp_path, NAME) == [refusal(tmp_path)]
+    assert verify(tmp_path, NAME)[1] == [refusal(tmp_path)]
 
 
 def test_a_file_of_another_checkpoint_is_refused(tmp_path):
@@ -195,7 +196,7 @@ def test_strange_files_are_refused(tmp_path):
 def test_version_1_is_read_and_verified(tmp_path):
     folder = shutil.copytree(VERSION_1, tmp_path / "run")
     name = "model_0000004"
-    assert files.find_checkpoints(folder) == [name] and files.verify_checkpoint(folder, name) == []
+    assert files.find_checkpoints(folder) == [name] and verify(folder, name)[1] == []
     stored = StoredCheckpoint.open(folder, name)
     assert stored.manifest.format_version == 1 and stored.config == '{"a": 1}'
     assert stored.extra == {"iteration": 4, "samples_seen": 60}
@@ -213,4 +214,4 @@ def test_version_1_is_read_and_verified(tmp_path):
     with pytest.raises(CheckpointError) as error:
         damaged.model["student.weight"].read_all()
     assert str(error.value) == f"{name}.rank_1.pth: model/student.weight does not match its checksum"
-    assert files.verify_checkpoint(folder, name) == [str(error.value)]
+    assert verify(folder, name)[1] == [str(error.value)]

@@ -6,7 +6,8 @@ import pytest
 from support.dist import run_distributed
 from support.toy_run import Run, names
 
-from dinov2.checkpoint_format import find_checkpoints, verify_checkpoint
+from dinov2.checkpoint_format import find_checkpoints
+from dinov2.run.checkpoint_verify import verify
 
 TAG = "last_checkpoint.rank_0"
 
@@ -28,7 +29,7 @@ def test_tag_copy_and_deletion_are_made_up_for(tmp_path):
     restarted.checkpointer.clean_up()
     for kind in ("", " copy"):
         assert names(tmp_path / f"killed{kind}") == names(tmp_path / f"straight{kind}")
-        assert verify_checkpoint(tmp_path / f"killed{kind}", "model_0000002") == []
+        assert verify(tmp_path / f"killed{kind}", "model_0000002")[1] == []
     assert (tmp_path / "killed" / TAG).read_text() == "model_0000002.rank_0.pth"
 
 
@@ -53,7 +54,7 @@ def test_one_process_copies_the_files_of_three(tmp_path):
     run.resume()
     run.checkpointer.clean_up()
     assert names(tmp_path / "copy") == [name for name in names(tmp_path / "run") if "0000001." in name]
-    assert verify_checkpoint(tmp_path / "copy", "model_0000001") == []
+    assert verify(tmp_path / "copy", "model_0000001")[1] == []
     shutil.rmtree(tmp_path / "run")
     again = Run(tmp_path / "run", period=1, copy_to=str(tmp_path / "copy"))
     assert again.resume()["iteration"] == 1

@@ -15,6 +15,7 @@ from support.toy_run import Run, copy_of, names, same
 from dinov2 import checkpoint_format, distributed
 from dinov2.checkpoint_format import find_checkpoints
 from dinov2.errors import CheckpointError
+from dinov2.run.checkpoint_verify import verify
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def test_a_second_folder_holds_copies_and_is_resumed_from(tmp_path, caplog):
     run = Run(first, **options).train(3)
     kept = ["model_0000001", "model_0000002"]
     assert find_checkpoints(first) == find_checkpoints(second) == kept
-    assert all(checkpoint_format.verify_checkpoint(second, name) == [] for name in kept)
+    assert all(verify(second, name)[1] == [] for name in kept)
     shutil.rmtree(second)
     with caplog.at_level(logging.WARNING):
         run.train(4)  # goes on
@@ -222,7 +223,7 @@ def test_a_kill_before_or_after_every_change_of_the_folder_loses_nothing(tmp_pat
             complete = find_checkpoints(tmp_path / folder)
             files = [name for name in _names_if_any(tmp_path / folder) if name.endswith(".pth")]
             assert files == [f"{name}.rank_0.pth" for name in complete], number
-            assert all(checkpoint_format.verify_checkpoint(tmp_path / folder, name) == [] for name in complete)
+            assert all(verify(tmp_path / folder, name)[1] == [] for name in complete)
         resumed.resume()
         assert same(resumed.train(3).contents(), straight.contents()), number
     print(f"{number - 1} kills")

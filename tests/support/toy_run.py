@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from dinov2 import checkpoint_format, distributed, fsdp
 from support.toy_fsdp import make_toy
@@ -82,10 +84,15 @@ class Run:
 
     def contents(self):
         """All that the run consists of on this rank, as tensors and numbers."""
-        collected = {"model": fsdp.state.model_state(self.model)}
-        collected["optimizer"] = fsdp.state.optimizer_state(self.model, self.optimizer)
+        fsdp.reshard(self.model)
+        collected = tree_map(_local, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
         collected["others"] = [self.scaler.state_dict(), self.position.state_dict(), fsdp.RngState().state_dict()]
         return checkpoint_format.to_plain(collected)
+
+
+def _local(value):
+    """This rank's rows of a sharded tensor; all else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def same(first, second):
