@@ -58,8 +58,8 @@ def signs_of_targets(assignments: Assignments) -> dict[str, Tensor]:
 
     Returns:
         `teacher_entropy`: mean entropy of a row in nats; log K is uniform, 0 is one prototype each.
-        `prototype_usage`: exp of the entropy of the mean row of all ranks, as a share of K; at most N / K where each row
-            has one prototype.
+        `prototype_usage`: exp of the entropy of the mean row of all ranks, as a share of K; N rows that have one
+            prototype each use at most N / K.
 
     Cost: an all-reduce of K floats.
     """
