@@ -29,6 +29,7 @@ from dinov2.distributed.environment import (
     get_world_size,
     init,
     is_main_process,
+    job_id,
     launched_world_size,
     shutdown,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "get_world_size",
     "init",
     "is_main_process",
+    "job_id",
     "launched_world_size",
     "on_every_rank",
     "on_main_first",

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dinov2.distributed.launch_environment import LaunchEnvironment, read_launch_environment
+from dinov2.distributed.launch_environment import LaunchEnvironment, read_job_id, read_launch_environment
 from dinov2.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,11 @@ def launched_world_size() -> int:
         ConfigError: the launcher's variables are incomplete or contradict each other.
     """
     return read_launch_environment(os.environ).world_size
+
+
+def job_id() -> str | None:
+    """Return the number of the scheduler's job that this process belongs to, such as 123 or 123_4; None outside."""
+    return read_job_id(os.environ)
 
 
 def shutdown() -> None:

@@ -94,6 +94,13 @@ def _read_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
     )
 
 
+def read_job_id(variables: Mapping[str, str]) -> str | None:
+    """Name the job of a scheduler that this process belongs to: 123, or 123_4 of an array; None outside of any."""
+    if "SLURM_ARRAY_JOB_ID" in variables:
+        return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return variables.get("SLURM_JOB_ID") or variables.get("SUBMITIT_LOCAL_JOB_ID")
+
+
 def first_slurm_host(node_list: str) -> str:
     """Name the first host of a Slurm node list, e.g. `gpu03` of `gpu[03-05,9],cpu1`."""
     first = re.split(r",(?![^\[]*\])", node_list, maxsplit=1)[0]
