@@ -12,7 +12,9 @@ WITHOUT_EFFECT_ON_RESULTS = (
     "compute_precision.sharding_strategy",
     "data.cache_dir",
     "defaults",  # the values that follow from it are compared
+    "dino.prototype_init",
     "evaluation",
+    "ibot.prototype_init",
     "gram.ckpt",
     "logging",
     "student.allow_partial_weights",
@@ -23,6 +25,7 @@ WITHOUT_EFFECT_ON_RESULTS = (
     "train.max_steps",
     "train.num_workers",
     "train.output_dir",
+    "train.prototype_init_crops",
     "train.resume",
     "train.resume_path",
 )

@@ -51,6 +51,9 @@ class HeadConfig(Section):
     head_bottleneck_dim: int = 256  # width before the prototypes, >= 1
     head_nlayers: int = 3  # layers of the head's MLP, >= 1
     head_hidden_dim: int = 2048  # width of the hidden layers, >= 1
+    # where prototypes and MLP start in a new run without weights for this head; kmeans: the MLP as the projection of
+    # features to their main axes, prototypes as the centres of the training images' clusters there; random: noise
+    prototype_init: Literal["random", "kmeans"] = "random"
     head_weight_norm: bool = True  # true: prototypes are weight_g * unit weight_v; false: one plain matrix
 
     def __post_init__(self) -> None:
@@ -88,6 +91,9 @@ class DinoConfig(HeadConfig):
     # images among which koleo_loss_distributed looks for neighbours, >= 1, a divisor of the images of all ranks; null:
     # those of all ranks
     koleo_distributed_loss_group_size: int | None = None
+    # images of earlier passes of all ranks, 2 crops each, that are further neighbours, >= 0; at most a quarter of the
+    # dataset's, or too many would be pushed from an earlier view of themselves; 0: none
+    koleo_queue_size: int = 0
     global_ignore_diagonal: bool = True  # a global crop is compared with the other global crop only, not with itself
     reweight_dino_local_loss: bool = False  # true: local crops are weighted by local_loss_weight_schedule
     local_loss_weight_schedule: LocalLossWeightConfig = field(default_factory=LocalLossWeightConfig)
@@ -96,6 +102,7 @@ class DinoConfig(HeadConfig):
         super().__post_init__()
         self.require("koleo_loss_weight", self.koleo_loss_weight >= 0, "at least 0")
         self.require("koleo_topk", self.koleo_topk >= 1, "at least 1")
+        self.require("koleo_queue_size", self.koleo_queue_size >= 0, "at least 0 images")
         alone = self.koleo_topk == 1 or self.koleo_loss_distributed
         self.require("koleo_topk", alone, "1, or set dino.koleo_loss_distributed=true")
         size = self.koleo_distributed_loss_group_size

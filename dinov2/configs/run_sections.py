@@ -7,6 +7,7 @@ and its released configs). A step is an optimiser step; an epoch is train.OFFICI
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dinov2.configs.parts import require_part_names
 from dinov2.configs.section import Section, nearest_multiples
 from dinov2.errors import ConfigError
 
@@ -27,6 +28,10 @@ class TrainConfig(Section):
     num_workers: int = 10  # loader processes of one rank, >= 0; results do not depend on it
     OFFICIAL_EPOCH_LENGTH: int | None = 1250  # steps, >= 1; null: images of the dataset // global batch size
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # how the teacher's targets are kept from collapse
+    # images of earlier passes, 2 crops each, whose teacher features take part in sinkhorn_knopp, so that the few images
+    # of a pass need not use all prototypes, >= 0; of the patches, as many, 1 of each masked crop; 0: none
+    sinkhorn_queue_size: int = 0
+    prototype_init_crops: int = 4096  # crops that prototype_init=kmeans looks at, >= 2; at most 4 of each image
     on_bad_image: Literal["error", "skip"] = "error"  # image that cannot be read: stop, or take another
     # epoch: each pass over the images in a new order, those behind its last whole batch left out; infinite: passes
     # follow without a gap, each visits each image once; sharded_infinite: the same without a list of all in memory
@@ -42,6 +47,10 @@ class TrainConfig(Section):
             self.require(name, value is None or value >= 1, f"at least 1 {unit}, or null")
         self.require("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         self.require("num_workers", self.num_workers >= 0, "at least 0")
+        self.require("sinkhorn_queue_size", self.sinkhorn_queue_size >= 0, "at least 0 images")
+        is_used = self.centering == "sinkhorn_knopp" or not self.sinkhorn_queue_size
+        self.require("sinkhorn_queue_size", is_used, "0, or set train.centering=sinkhorn_knopp")
+        self.require("prototype_init_crops", self.prototype_init_crops >= 2, "at least 2")
         self.require("output_dir", self.output_dir != "", "a folder, e.g. outputs/run1")
         has_home = self.output_dir.startswith("~")
         self.require("output_dir", not has_home, "written without ~, which only a shell replaces; use ${oc.env:HOME}")
@@ -65,9 +74,20 @@ class OptimConfig(Section):
     schedule_trunc_extra: float = 0.0
     clip_grad: float | None = 3.0  # largest gradient norm of a sub-module, >= 0; 0 or null: no clipping
     freeze_last_layer_epochs: int = 1  # epochs in which the heads' last layers stay as they are, >= 0
+    # epochs, whole or not, in which the backbone stays as it is and runs without gradient, while new heads settle, >= 0
+    freeze_backbone_epochs: float = 0.0
+    # epochs, whole or not, in which the backbone's learning rate then rises linearly from 0 to what it would be, >= 0
+    unfreeze_ramp_epochs: float = 0.0
+    # parts of the backbone that stay as they are for the whole run: patch_embed (of a ResNet: its first convolution and
+    # norm), pos_embed, cls_token, registers, mask_token, embeddings (all of these), norms, layerscale, attention, mlp,
+    # and blocks, counted from 0: blocks:3, blocks:0-5. What embeddings and the lowest blocks compute needs no gradient
+    # then, which saves their memory and the time of their backward pass
+    freeze: tuple[str, ...] = ()
     # peak learning rate; sqrt_wrt_1024: base_lr * sqrt(global batch / 1024); linear_wrt_256: base_lr * global batch /
     # 256; none: base_lr
     scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
+    backbone_lr_multiplier: float = 1.0  # factor on the learning rate of the backbone, >= 0; 0: it stays as it is
+    head_lr_multiplier: float = 1.0  # factor on the learning rate of the heads, >= 0
     patch_embed_lr_mult: float = 0.2  # factor on the learning rate of the patch embedding, >= 0
     dino_head_wd_multiplier: float = 1.0  # factor on the weight decay of the DINO head, >= 0
     layerwise_decay: float = (
@@ -87,6 +107,10 @@ class OptimConfig(Section):
             "base_lr",
             "min_lr",
             "freeze_last_layer_epochs",
+            "freeze_backbone_epochs",
+            "unfreeze_ramp_epochs",
+            "backbone_lr_multiplier",
+            "head_lr_multiplier",
             "schedule_trunc_extra",
             "patch_embed_lr_mult",
             "dino_head_wd_multiplier",
@@ -96,6 +120,7 @@ class OptimConfig(Section):
         self.require("layerwise_decay", 0 < self.layerwise_decay <= 1, "above 0 and at most 1")
         for name in ("adamw_beta1", "adamw_beta2", "sgd_momentum"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require_part_names(self, "freeze")
         self.require("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1")
 
 

@@ -67,7 +67,7 @@ class FSDPCheckpointer(Checkpointer):
                 what went wrong there, `close` ends the thread. False: `save` returns when all is written.
             save_to_disk: False turns `save` off.
             checkpointables: objects with `state_dict()` and `load_state_dict()`, named; optimisers of `model`'s
-                parameters are saved by parameter name.
+                parameters are saved by parameter name; one with `starts_empty = True` need not be in what is loaded.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.logger = logger
@@ -373,7 +373,7 @@ class FSDPCheckpointer(Checkpointer):
 
     def _restore(self, stored: files.StoredCheckpoint, *, keys: Iterable[str]) -> None:
         for key in keys:
-            if key not in stored.checkpointable_names:
+            if key not in stored.checkpointable_names and not getattr(self.checkpointables[key], "starts_empty", False):
                 raise CheckpointError(f"{stored.name} holds no {key}; it was saved by a run without one")
         self._part.forget()  # loading replaces the optimiser's tensors; nothing may hold the old ones
         load_model_state(self.model, stored.model)
@@ -381,6 +381,10 @@ class FSDPCheckpointer(Checkpointer):
         others = stored.rank_values(rank if rank < num_saved else 0) if keys else {}
         for key in keys:
             item = self.checkpointables[key]
+            if key not in stored.checkpointable_names:
+                if is_main_process():
+                    logger.info("%s holds no %s, which start empty", stored.name, key)
+                continue
             try:
                 if isinstance(item, torch.optim.Optimizer):
                     load_optimizer_state(self.model, item, stored.optimizer_state(key))

@@ -39,7 +39,13 @@ class Assignments:
         return self.rows(0, len(self))
 
 
-def sinkhorn(scores: Tensor, *, temperature: float | Tensor, num_steps: int = 3) -> Assignments:
+def sinkhorn(
+    scores: Tensor,
+    *,
+    temperature: float | Tensor,
+    num_steps: int = 3,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Assignments:
     """Make assignments that use the prototypes about equally over the batches of all ranks.
 
     Works on one exponentiated matrix and two scaling vectors instead of rewriting the matrix: half the memory traffic.
@@ -49,9 +55,11 @@ def sinkhorn(scores: Tensor, *, temperature: float | Tensor, num_steps: int = 3)
         scores: teacher head output, [N, K], any float dtype; float32 scores are overwritten.
         temperature: > 0, no unit; the parents warm it up from 0.04 to 0.07.
         num_steps: rounds of column and row scaling, >= 1.
+        past: scores [P, K] of images of earlier passes, which use prototypes too (float32 is overwritten), and which
+            of these rows count, [P] bool. Each rank gives other rows, some or none; all ranks or none give them.
 
     Returns:
-        Assignments whose rows sum to 1. A rank may hold no rows.
+        Assignments of the N rows alone; each sums to 1. A rank may hold no rows.
 
     Raises:
         ValueError: scores is not 2-D.
@@ -61,20 +69,53 @@ def sinkhorn(scores: Tensor, *, temperature: float | Tensor, num_steps: int = 3)
     """
     if scores.dim() != 2:
         raise ValueError(f"scores have shape {tuple(scores.shape)}: must be [N, K]")
-    num_rows, num_prototypes = scores.shape
-    matrix = scores.float().div_(temperature)  # [N, K]
-    row_max = matrix.amax(dim=1, keepdim=True)  # [N, 1]
-    top = all_reduce_max(row_max.max() if num_rows else matrix.new_full((), -torch.inf))
-    matrix.sub_(row_max).exp_()
-    row_scale = (row_max - top).exp_()
-    column_scale = matrix.new_ones(num_prototypes)
-    with torch.autocast(matrix.device.type, enabled=False):  # or the products would be rounded to half precision
+    blocks = [_Block(scores, temperature=temperature)]
+    if past is not None:
+        blocks.append(_Block(past[0], temperature=temperature, counts=past[1]))
+    now, num_prototypes = blocks[0], scores.shape[1]
+    top = all_reduce_max(torch.stack([block.top() for block in blocks]).max())
+    for block in blocks:
+        block.start_from(top)
+    column_scale = now.matrix.new_ones(num_prototypes)
+    with torch.autocast(scores.device.type, enabled=False):  # or the products would be rounded to half precision
         for _ in range(num_steps):
-            usage = all_reduce_sum(row_scale.squeeze(1) @ matrix)  # [K] total weight of each prototype
+            usage = all_reduce_sum(sum(block.usage() for block in blocks))  # [K] total weight of each prototype
             share = usage / usage.sum().clamp_min(_TINY)  # without this, both scales would drift apart, step by step
             column_scale = share.mul_(num_prototypes).clamp_min_(_TINY).reciprocal_()
-            row_scale = (matrix @ column_scale).clamp_min_(_TINY).reciprocal_().unsqueeze(1)
-    return Assignments(matrix, row_scale=row_scale, column_scale=column_scale)
+            for block in blocks:
+                block.scale_rows(column_scale)
+    return Assignments(now.matrix, row_scale=now.row_scale, column_scale=column_scale)
+
+
+class _Block:
+    """Some rows of the matrix that Sinkhorn-Knopp scales: exp(scores / temperature) relative to each row's maximum."""
+
+    def __init__(self, scores: Tensor, *, temperature: float | Tensor, counts: Tensor | None = None) -> None:
+        self.matrix = scores.float().div_(temperature)  # [N, K]
+        self.row_max = self.matrix.amax(dim=1, keepdim=True)  # [N, 1]
+        self.matrix.sub_(self.row_max).exp_()
+        self.ignored = None if counts is None else ~counts.unsqueeze(1)  # [N, 1] bool
+        self.row_scale = self._without_ignored(self.row_max, -torch.inf)
+
+    def top(self) -> Tensor:
+        """Return the largest score, 0-dim."""
+        return self.row_scale.max() if len(self.matrix) else self.matrix.new_full((), -torch.inf)
+
+    def start_from(self, top: Tensor) -> None:
+        """Weigh the rows as the unscaled matrix does, relative to the largest score of all."""
+        self.row_scale = self._without_ignored((self.row_max - top).exp_(), 0.0)
+
+    def usage(self) -> Tensor:
+        """Return the total weight of each prototype, [K]."""
+        return self.row_scale.squeeze(1) @ self.matrix
+
+    def scale_rows(self, column_scale: Tensor) -> None:
+        """Let each row that counts sum to 1."""
+        scale = (self.matrix @ column_scale).clamp_min_(_TINY).reciprocal_().unsqueeze(1)
+        self.row_scale = self._without_ignored(scale, 0.0)
+
+    def _without_ignored(self, rows: Tensor, value: float) -> Tensor:
+        return rows if self.ignored is None else rows.masked_fill(self.ignored, value)
 
 
 def softmax_center(scores: Tensor, *, center: Tensor, temperature: float | Tensor) -> Assignments:

@@ -37,10 +37,15 @@ class CenteredLoss(nn.Module):
         return softmax_center(teacher_output, center=self.center, temperature=teacher_temp)
 
     def sinkhorn_knopp_teacher(
-        self, teacher_output: Tensor, teacher_temp: float | Tensor, n_iterations: int = 3
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float | Tensor,
+        n_iterations: int = 3,
+        *,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> Assignments:
-        """Assign by Sinkhorn-Knopp over all ranks; float32 scores [N, K] are overwritten."""
-        return sinkhorn(teacher_output, temperature=teacher_temp, num_steps=n_iterations)
+        """Assign by Sinkhorn-Knopp over all ranks, beside `past` scores, see there; scores [N, K] are overwritten."""
+        return sinkhorn(teacher_output, temperature=teacher_temp, num_steps=n_iterations, past=past)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:

@@ -18,8 +18,8 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.build import DTYPES, compute_dtype
 from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.logging import MetricLogger
-from dinov2.train.batches import DeviceBatches
-from dinov2.train.param_groups import param_groups
+from dinov2.train.batches import DeviceBatches, skipped_file
+from dinov2.train.param_groups import common_groups, param_groups
 from dinov2.train.schedules import Schedules, scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -28,27 +28,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Numbers of a run that follow from the config, the dataset and the number of ranks."""
+    """Numbers of a run, or of one of its stages, that follow from the config, the dataset and the number of ranks."""
 
     batch_size_per_rank: int  # images of one rank in one forward pass
     accumulation_steps: int  # forward passes of one optimiser step
     images_per_pass: int  # over all ranks
     global_batch_size: int  # images of one optimiser step
     epoch_length: int  # optimiser steps
+    first_step: int  # step of the run with which it begins
     total_steps: int  # optimiser steps of the schedules
-    last_step: int  # step after which this run ends, <= total_steps
+    last_step: int  # step of the run after which it ends, or the run by train.max_steps, <= first_step + total_steps
     lr: float  # peak learning rate after the scaling rule
     end_lr: float  # learning rate at the end of its schedule
 
 
-def plan_run(cfg: Config, *, dataset_size: int, world_size: int, saved_global_batch: int | None = None) -> RunPlan:
-    """Work out batch sizes, steps and the learning rate.
+def plan_run(
+    cfg: Config, *, dataset_size: int, world_size: int, saved_global_batch: int | None = None, first_step: int = 0
+) -> RunPlan:
+    """Work out batch sizes, steps and the learning rate of a run without stages, or of one stage.
 
     Args:
         cfg: config of the run.
         dataset_size: images of one pass over the data.
         world_size: ranks.
         saved_global_batch: images of one step of the run that is continued; None: a new run.
+        first_step: optimiser steps of the stages before.
 
     Raises:
         ConfigError: the batch does not divide over the ranks or into KoLeo's groups, or is larger than the dataset.
@@ -73,6 +77,7 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int, saved_global_ba
     epoch_length = cfg.train.OFFICIAL_EPOCH_LENGTH or dataset_size // global_batch
     total = cfg.optim.epochs * epoch_length
     _require_koleo_groups(cfg, images_per_pass=per_rank * world_size)
+    _require_enough_images_for_koleo(cfg, dataset_size=dataset_size)
     lr, end_lr = scaled_lr(cfg, global_batch_size=global_batch)
     return RunPlan(
         batch_size_per_rank=per_rank,
@@ -80,8 +85,9 @@ def plan_run(cfg: Config, *, dataset_size: int, world_size: int, saved_global_ba
         images_per_pass=per_rank * world_size,
         global_batch_size=global_batch,
         epoch_length=epoch_length,
+        first_step=first_step,
         total_steps=total,
-        last_step=min(total, cfg.train.max_steps or total),
+        last_step=min(first_step + total, cfg.train.max_steps or first_step + total),
         lr=lr,
         end_lr=end_lr,
     )
@@ -105,10 +111,20 @@ def _require_koleo_groups(cfg: Config, *, images_per_pass: int) -> None:
             f"dino.koleo_distributed_loss_group_size={size} does not divide the {images_per_pass} images that all "
             f"ranks pass through the network at once; use {nearest}"
         )
-    if size <= dino.koleo_topk:
+    if size <= dino.koleo_topk and not dino.koleo_queue_size:
         raise ConfigError(
             f"dino.koleo_topk={dino.koleo_topk} needs groups of at least {dino.koleo_topk + 1} images, but {size} are "
             f"compared with each other; lower it, or raise dino.koleo_distributed_loss_group_size or the batch"
+        )
+
+
+def _require_enough_images_for_koleo(cfg: Config, *, dataset_size: int) -> None:
+    """Raise ConfigError if the queue holds so many images that some often meet an earlier view of themselves."""
+    dino, most = cfg.dino, dataset_size // 4
+    if dino.koleo_loss_weight and dino.koleo_queue_size > most:
+        raise ConfigError(
+            f"dino.koleo_queue_size={dino.koleo_queue_size} is more than a quarter of the {dataset_size} images of the "
+            f"dataset: too many would be pushed away from an earlier view of themselves; use at most {most}"
         )
 
 
@@ -165,7 +181,7 @@ def build_batches(
         iter(loader),
         augmentation=augmentation,
         device=env.device,
-        skipped_file=output_dir / "logs" / f"skipped_images.rank{env.rank}.txt",
+        skipped_file=skipped_file(output_dir, rank=env.rank),
     )
 
 
@@ -214,15 +230,21 @@ def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
     return model
 
 
-def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:
-    """Build the optimiser over the student's parameter groups; schedules set learning rate and decay at each step."""
+def build_param_groups(cfg: Config, model: SSLMetaArch) -> list[dict]:
+    """Group the student's parameters by their multipliers, as one stage has them."""
     optim = cfg.optim
-    groups = param_groups(
+    return param_groups(
         model.student,
         layerwise_decay=optim.layerwise_decay,
         patch_embed_lr_mult=optim.patch_embed_lr_mult,
         dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
     )
+
+
+def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:
+    """Build the optimiser over the student's parameter groups; schedules set learning rate and decay at each step."""
+    optim = cfg.optim
+    groups = common_groups([build_param_groups(stage, model) for stage in [cfg]])
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optim.base_lr, momentum=optim.sgd_momentum, foreach=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
@@ -244,7 +266,7 @@ def build_checkpointer(
     output_dir: Path,
     read_only: bool = False,
 ) -> PeriodicCheckpointer:
-    """Build what saves and restores the whole state of the run; `follow_plan` tells it the run's numbers."""
+    """Build what saves and restores the whole state of the run; the stages tell it the run's numbers."""
     saving = cfg.checkpointing
     settings = to_dict(cfg)
     settings["train"]["output_dir"] = os.path.realpath(output_dir)  # whose copies they are, wherever one looks from
@@ -256,6 +278,7 @@ def build_checkpointer(
         config_digest=config_digest(cfg),
         background=saving.background,
         save_to_disk=not read_only,
+        **({"queues": model.queues} if model.queues else {}),
         optimizer=optimizer,
         scaler=scaler,
         rng=RngState(),
@@ -272,18 +295,12 @@ def build_checkpointer(
     )
 
 
-def follow_plan(saver: PeriodicCheckpointer, plan: RunPlan) -> None:
-    """Tell what saves the run its last step and its global batch, which a checkpoint may have decided."""
-    saver.max_iter = plan.last_step
-    saver.checkpointer.global_batch_size = plan.global_batch_size
-
-
-def build_metric_logger(cfg: Config, *, plan: RunPlan, start_step: int, output_dir: Path) -> MetricLogger:
+def build_metric_logger(cfg: Config, *, last_step: int, start_step: int, output_dir: Path) -> MetricLogger:
     """Build what records and shows the metrics of every step."""
     return MetricLogger(
         output_dir,
         period_steps=cfg.logging.period_steps,
-        total_steps=plan.last_step,
+        total_steps=last_step,
         start_step=start_step,
         tensorboard=cfg.logging.tensorboard,
         wandb=cfg.logging.wandb,

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from dinov2.configs import Config
 from dinov2.configs.model_sections import HeadConfig
-from dinov2.distributed import is_main_process
+from dinov2.distributed import get_rank, is_main_process, on_main_first
 from dinov2.eval.build import build_backbone
-from dinov2.fsdp import copy_local_state, load_full_state_dict, local_tensor_pairs, shard
+from dinov2.fsdp import copy_local_state, full_state_dict, load_full_state_dict, local_tensor_pairs, shard
 from dinov2.hub.stored_tensor import State, StoredTensor
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
+from dinov2.loss.feature_queue import FeatureQueues, one_patch_of_each_crop, score_with_past
 from dinov2.train.batch_statistics import average_statistics, copy_statistics
 from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_targets
 
@@ -45,12 +46,9 @@ class SSLMetaArch(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.dino_loss_weight = cfg.dino.loss_weight
-        self.koleo_loss_weight = cfg.dino.koleo_loss_weight
-        self.ibot_loss_weight = cfg.ibot.loss_weight
+        self.follow(cfg)
         self.dino_global_ignore_diagonal = cfg.dino.global_ignore_diagonal
         self.centering = cfg.train.centering
-        self.num_local_crops = cfg.crops.local_crops_number
         self.autocast_dtype = torch.float32
 
         self._build_networks = partial(_networks, cfg)
@@ -59,12 +57,22 @@ class SSLMetaArch(nn.Module):
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
+        past_scores, past_neighbours = cfg.train.sinkhorn_queue_size, cfg.dino.koleo_queue_size
+        self.queues = FeatureQueues.of_sizes(cls=past_scores, patch=past_scores, koleo=past_neighbours)
         self.koleo_loss = KoLeoLoss(
             distributed=cfg.dino.koleo_loss_distributed,
             topk=cfg.dino.koleo_topk,
             group_size=cfg.dino.koleo_distributed_loss_group_size if cfg.dino.koleo_loss_distributed else None,
+            past=self.queues.get("koleo"),
         )
         self.train()
+
+    def follow(self, cfg: Config) -> None:
+        """Take over those settings that a stage of a run may have of its own, for the steps to come."""
+        self.dino_loss_weight = cfg.dino.loss_weight
+        self.koleo_loss_weight = cfg.dino.koleo_loss_weight
+        self.ibot_loss_weight = cfg.ibot.loss_weight
+        self.num_local_crops = cfg.crops.local_crops_number
 
     def prepare_for_distributed_training(
         self,
@@ -119,6 +127,26 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
 
+    def change_head(self, name: str, change: Callable[[DINOHead], None]) -> None:
+        """Change a head of the student and of the teacher; all ranks call it.
+
+        Args:
+            name: dino_head or ibot_head.
+            change: gets the whole head, on the CPU; called on rank 0 alone.
+        """
+        state = full_state_dict(self.student[name])
+
+        def changed() -> None:
+            with torch.device("meta"):
+                head = self._build_networks()[name]
+            head.to_empty(device="cpu").load_state_dict(state)
+            change(head)
+            state.update(head.state_dict())
+
+        on_main_first(changed)
+        load_full_state_dict(self.student[name], state)
+        copy_local_state(self.teacher[name], self.student[name])
+
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
@@ -170,11 +198,12 @@ class SSLMetaArch(nn.Module):
         """Assign the class tokens of both global crops, and the patches that the student will not see."""
         tokens = self.teacher.backbone(images["collated_global_crops"], is_training=True)
         cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
-        cls_targets = self._assign(self.dino_loss, self.teacher.dino_head(cls), teacher_temp)
+        cls_targets = self._assign(self.dino_loss, self.teacher.dino_head, cls, teacher_temp)
         patch_targets = None
         if self.ibot_loss_weight > 0:
             masked = patches.flatten(0, 1).index_select(0, images["mask_indices_list"])  # [M, D]
-            patch_targets = self._assign(self.ibot_patch_loss, _patch_head(self.teacher)(masked), teacher_temp)
+            masks = images["collated_masks"]
+            patch_targets = self._assign(self.ibot_patch_loss, _patch_head(self.teacher), masked, teacher_temp, masks)
         signs = signs_of_crops(images["collated_global_crops"]) | signs_of_features(cls) | signs_of_targets(cls_targets)
         signs["patch_norm"] = patches.float().norm(dim=-1).mean()
         return TeacherTargets(cls=cls_targets, patch=patch_targets, signs=signs)
@@ -207,6 +236,7 @@ class SSLMetaArch(nn.Module):
 
         if self.koleo_loss_weight > 0:
             koleo = sum(self.koleo_loss(crop) for crop in global_cls.chunk(_NUM_GLOBAL_CROPS))
+            self.koleo_loss.remember(global_cls)
             total = total + self.koleo_loss_weight * koleo
             metrics["koleo_loss"] = koleo.detach() / _NUM_GLOBAL_CROPS
 
@@ -220,12 +250,30 @@ class SSLMetaArch(nn.Module):
             metrics["ibot_loss"] = ibot.detach()
         return total, metrics
 
-    def _assign(self, loss: DINOLoss | iBOTPatchLoss, scores: Tensor, teacher_temp: float) -> Assignments:
-        """Assign by the configured rule; with softmax-centring the scores also count for the next centre."""
-        if self.centering == "sinkhorn_knopp":
-            return loss.sinkhorn_knopp_teacher(scores, teacher_temp)
-        loss.update_center(scores)
-        return loss.softmax_center_teacher(scores, teacher_temp)
+    def _assign(
+        self,
+        loss: DINOLoss | iBOTPatchLoss,
+        head: DINOHead,
+        tokens: Tensor,
+        teacher_temp: float,
+        masks: Tensor | None = None,
+    ) -> Assignments:
+        """Assign tokens by the configured rule; with softmax-centring their scores also count for the next centre.
+
+        With queues, Sinkhorn-Knopp also sees earlier class tokens or, given the masks [2 * B, N], earlier patches.
+        """
+        if self.centering != "sinkhorn_knopp":
+            scores = head(tokens)
+            loss.update_center(scores)
+            return loss.softmax_center_teacher(scores, teacher_temp)
+        queue = self.queues.get("cls" if masks is None else "patch")
+        if queue is None:
+            return loss.sinkhorn_knopp_teacher(head(tokens), teacher_temp)
+        features, scores, past = head(tokens, score_with_past(queue))
+        if masks is not None:
+            features = one_patch_of_each_crop(features, masks, first_image=get_rank() * len(masks) // 2)
+        queue.push(features)
+        return loss.sinkhorn_knopp_teacher(scores, teacher_temp, past=past)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -240,14 +288,16 @@ class SSLMetaArch(nn.Module):
         copy_statistics(self.teacher, self.student)
 
     def apply_center_updates(self) -> None:
-        """Let the centres take in the scores of this step."""
+        """Let the centres and queues take in the scores and features of this step."""
         self.dino_loss.apply_center_update()
         self.ibot_patch_loss.apply_center_update()
+        self.queues.keep()
 
     def discard_center_updates(self) -> None:
-        """Forget the scores of this step, when it is cancelled."""
+        """Forget the scores and features of this step, when it is cancelled."""
         self.dino_loss.discard_center_update()
         self.ibot_patch_loss.discard_center_update()
+        self.queues.discard()
 
     def discard_batch_statistics(self) -> None:
         """Take back what the forward passes of a cancelled step did to the student's batch normalisation."""
