@@ -64,7 +64,7 @@ def _section_lines(section: type, *, indent: str) -> Iterator[str]:
             lines = _section_lines(inner[field.name], indent=f"{indent}  ")
             if field.default is None:  # an optional section, absent by default
                 yield f"{indent}{field.name}: null"
-                lines = (f"# {line}" for line in lines if line)
+                lines = (f"{indent}# {line.removeprefix(indent)}" for line in lines if line)
             else:
                 yield f"{indent}{field.name}:"
             yield from lines

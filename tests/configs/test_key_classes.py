@@ -127,17 +127,21 @@ def test_a_value_of_the_wrong_kind_is_found_at_once(key, tmp_path):
         ("gram.tokens_used=some", "gram.tokens_used='some': must be one of all, masked, unmasked"),
         ("gram.loss_weight=much", "gram.loss_weight='much': must be a number"),
         (
-            "gram.loss_weight_schedule.warmup_epochs=1.5",
+            "gram.loss_weight_schedule={start: 0, peak: 1, end: 1, warmup_epochs: 1.5}",
             "gram.loss_weight_schedule.warmup_epochs=1.5: must be an integer",
         ),
         ("crops.gram_teacher_crops_size=[512, a]", "crops.gram_teacher_crops_size='a': must be an integer or null"),
+        (
+            "gram.loss_weight_schedule.start=0.5",
+            "gram.loss_weight_schedule.peak is not set: it has no default",
+        ),
         ("crops.global_crops_size=[512, a]", "crops.global_crops_size='a': must be an integer"),
         ("crops.global_crops_size=[]", "crops.global_crops_size=[]: must be an integer"),
         ("student.pos_embed_type=ropeold", "student.pos_embed_type='ropeold': must be one of learned, rope"),
         ("student.sparse24_ranges=3", "student.sparse24_ranges=3: must be a list"),
     ],
 )
-def test_mistakes_in_keys_of_later_capabilities(override, expected):
+def test_mistakes_in_values_and_lists(override, expected):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert str(caught.value) == expected
@@ -156,12 +160,18 @@ def test_of_several_crop_sizes_the_first_is_kept_and_training_refused():
     )
 
 
-def test_gram_as_null_or_a_schedule_loads(tmp_path):
+def test_the_weight_of_gram_is_null_or_a_schedule(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("gram:\n  loss_weight_schedule:\n")
     assert load_config(str(path)) == Config()
-    path.write_text("gram: {loss_weight_schedule: {start: 0, peak: 1, end: 2.0, warmup_epochs: 3}}\n")
-    assert load_config(str(path)) == Config()
+    path.write_text("gram: {use_loss: true, loss_weight_schedule: {start: 0, peak: 1, end: 2.0, warmup_epochs: 3}}\n")
+    cfg = load_config(str(path))
+    schedule = cfg.gram.loss_weight_schedule
+    assert (schedule.start, schedule.peak, schedule.end, schedule.warmup_epochs) == (0.0, 1.0, 2.0, 3)
+    assert schedule.cosine_epochs is None and cfg.notes == ()
+    write_config(cfg, tmp_path / "written.yaml")
+    assert load_config(str(tmp_path / "written.yaml")) == cfg
+    assert load_config(str(path), ["gram.loss_weight_schedule=null"]).gram.loss_weight_schedule is None
 
 
 @pytest.mark.parametrize(
@@ -175,6 +185,12 @@ def test_gram_as_null_or_a_schedule_loads(tmp_path):
         ),
         ("student.untie_global_and_local_cls_norm=true", ["crops.local_crops_number=0"], "there are no local crops"),
         ("dino.local_loss_weight_schedule.start=0.3", [], "dino.reweight_dino_local_loss=false"),
+        ("gram.loss_weight=2.0", [], "gram.use_loss=false"),
+        (
+            "gram.loss_weight=2.0",
+            ["gram.use_loss=true", "gram.loss_weight_schedule={start: 0, peak: 1, end: 1, warmup_epochs: 0}"],
+            "gram.loss_weight_schedule is set",
+        ),
         ("dino.koleo_distributed_loss_group_size=4", [], "dino.koleo_loss_distributed=false"),
         ("compute_precision.hybrid_shard_size=4", [], "compute_precision.sharding_strategy is not HYBRID_SHARD"),
     ],

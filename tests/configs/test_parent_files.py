@@ -10,7 +10,7 @@ import yaml
 
 from dinov2.configs import load_config, require_trainable, to_dict, write_config
 from dinov2.configs.parent_keys import PARENT_KEYS, parent_sections
-from dinov2.configs.tree import leaves
+from dinov2.configs.tree import leaves, section_names
 from dinov2.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "data" / "parent_configs"
@@ -36,15 +36,17 @@ NOTES = {
     "dinov3/train/dinov3_vit7b16_high_res_adapt.yaml": (*OF_7B, f"train.checkpointing_full=true {RECOMPUTED}"),
     "dinov3/train/dinov3_vitl16_lvd1689m_distilled.yaml": (OF_7B[0], f"train.checkpointing_full=true {RECOMPUTED}"),
 }
-NO_GRAM = "gram.use_loss=true is not supported in training: Gram anchoring is not available yet"
+NO_GRAM = (
+    "gram.use_loss=true needs a Gram teacher; name its weights by gram.ckpt (gram.ckpt=start: those that the run "
+    "starts from), or set gram.ema_teacher=true, or gram.it_load_ema_teacher to a step"
+)
 ONE_SIZE = "is not supported in training: crops have one size; give one number"
 SEVERAL = "is not supported in training: training several students at once is not available yet"
 REFUSALS = {
-    "dinov3/train/dinov3_vit7b16_gram_anchor.yaml": (NO_GRAM,),
     "dinov3/train/dinov3_vit7b16_high_res_adapt.yaml": (
         f"crops.global_crops_size=[512, 768, 768, 768, 768] {ONE_SIZE}",
         f"crops.local_crops_size=[112, 112, 168, 224, 336] {ONE_SIZE}",
-        NO_GRAM,
+        f"crops.gram_teacher_crops_size=[768, 1152, 1152, 1152, 1152] {ONE_SIZE}",
     ),
     "dinov3/train/dinov3_vitl16_lvd1689m_distilled.yaml": (
         f"MODEL.META_ARCHITECTURE='MultiDistillationMetaArch' {SEVERAL}",
@@ -130,6 +132,16 @@ ARRIVED = {
         "dino.local_loss_weight_schedule.end": 0.5,
         "dino.local_loss_weight_schedule.warmup_epochs": 1000,
         "dino.local_loss_weight_schedule.cosine_epochs": 1,
+        "gram.use_loss": True,
+        "gram.ckpt": None,
+        "gram.it_first_update": 1010000,
+        "gram.max_updates": 3,
+        "gram.img_level": True,
+        "gram.loss_weight_schedule.peak": 0.0,
+        "gram.loss_weight_schedule.end": 2.0,
+        "gram.loss_weight_schedule.cosine_epochs": 1,
+        "crops.gram_teacher_crops_size": 512,
+        "crops.gram_teacher_no_distortions": True,
         "optim.epochs": 1200,
     },
     "dinov3/train/dinov3_vit7b16_high_res_adapt.yaml": {
@@ -137,6 +149,9 @@ ARRIVED = {
         "dino.koleo_distributed_loss_group_size": 16,
         "crops.global_crops_size": 512,
         "crops.local_crops_size": 112,
+        "crops.gram_teacher_crops_size": 768,
+        "gram.rep_update": False,
+        "gram.loss_weight_schedule.start": 1.5,
         "schedules.lr.cosine_epochs": 10,
         "checkpointing.period": 250,
     },
@@ -176,7 +191,7 @@ def keys_of(tree, prefix=""):
         key = f"{prefix}{name}"
         if isinstance(value, dict):
             yield from keys_of(value, f"{key}.")
-        elif value is not None or key not in parent_sections():  # an empty section holds no key
+        elif value is not None or key not in {*parent_sections(), *section_names()}:  # an empty section holds no key
             yield key
 
 
@@ -220,12 +235,13 @@ def test_training_is_refused_with_the_first_reason():
     with pytest.raises(ConfigError) as caught:
         require_trainable(load("dinov3/train/dinov3_vit7b16_gram_anchor.yaml"))
     assert str(caught.value) == NO_GRAM
-    require_trainable(load("dinov3/train/dinov3_vit7b16_gram_anchor.yaml", "gram.use_loss=false"))
+    for setting in ("gram.use_loss=false", "gram.ckpt=teacher.pth", "gram.it_load_ema_teacher=1000000"):
+        require_trainable(load("dinov3/train/dinov3_vit7b16_gram_anchor.yaml", setting))
     with pytest.raises(ConfigError) as caught:
         require_trainable(load("dinov3/train/dinov3_vit7b16_high_res_adapt.yaml"))
     assert str(caught.value) == (
         f"crops.global_crops_size=[512, 768, 768, 768, 768] {ONE_SIZE} (and 2 more such settings: "
-        "crops.local_crops_size, gram.use_loss)"
+        "crops.local_crops_size, crops.gram_teacher_crops_size)"
     )
 
 

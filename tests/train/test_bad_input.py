@@ -81,7 +81,13 @@ def files_of(folder):
         ),
         (
             "gram.use_loss=true",
-            "gram.use_loss=true is not supported in training: Gram anchoring is not available yet",
+            "gram.use_loss=true needs a Gram teacher; name its weights by gram.ckpt (gram.ckpt=start: those that the "
+            "run starts from), or set gram.ema_teacher=true, or gram.it_load_ema_teacher to a step",
+        ),
+        (
+            "anchor.cls_weight=0.5",
+            "anchor.cls_weight=0.5 keeps what the weights that the run starts from can do, but these would be random; "
+            "name weights by student.pretrained_weights or MODEL.WEIGHTS",
         ),
         (
             "train.dataset_path=",
