@@ -14,6 +14,7 @@ from dinov2.errors import ConfigError, TrainingError
 logger = logging.getLogger(__name__)
 
 _DIGITS = 9  # enough to tell any two float32 numbers apart
+_BYTES_A_LINE = 1024  # of most runs less
 
 
 class MetricsFile:
@@ -77,14 +78,25 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Read the lines one by one; a line that was not completely written is left out."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for line in file:
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(values, dict) and isinstance(values.get("iteration"), int):
+            if (values := _read_line(line)) is not None:
                 yield values
+
+
+def read_last_metrics(path: Path, num_lines: int) -> list[dict[str, Any]]:
+    """Read the last lines, however long the file is; lines that were not completely written are left out."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        stretch = _BYTES_A_LINE * num_lines
+        while True:
+            start = max(size - stretch, 0)
+            file.seek(start)
+            lines = file.read(size - start).splitlines()
+            found = [values for line in lines[1 if start else 0 :] if (values := _read_line(line)) is not None]
+            if len(found) >= num_lines or start == 0:
+                return found[-num_lines:]
+            stretch *= 4
 
 
 def cut_back(path: Path, *, start_step: int) -> tuple[tuple[int, dict[str, Any]] | None, int]:
@@ -113,6 +125,15 @@ def cut_back(path: Path, *, start_step: int) -> tuple[tuple[int, dict[str, Any]]
     partial.replace(path)
     logger.info("metrics_file=%s kept_lines=%d start_step=%d", path.name, kept, start_step)
     return last, offset
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a step; None for a line that holds none."""
+    try:
+        values = json.loads(line)
+    except ValueError:  # cut off, or not even text
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("iteration"), int) else None
 
 
 def _line(step: int, values: Mapping[str, float | None]) -> bytes:

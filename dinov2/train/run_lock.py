@@ -10,10 +10,12 @@ import json
 import logging
 import os
 import socket
+import struct
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from dinov2.distributed import is_main_process, on_main_first
 from dinov2.errors import ConfigError
@@ -22,6 +24,20 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
+_FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockOwner:
+    """The program that has entered the lock of a folder and, unless it still holds it, has not left it: it was killed.
+
+    A lock may not be seen from another machine, where the file system does not share locks.
+    """
+
+    holds: bool
+    pid: int | None  # None: not known
+    host: str | None
+    started: str | None  # UTC
 
 
 class RunLock:
@@ -80,10 +96,37 @@ class RunLock:
         self._file = file
 
 
-def _describe(text: str) -> str:
-    """Say who holds the lock, from what it wrote; it may be about to write it."""
+def look_at_lock(folder: Path) -> LockOwner | None:
+    """Say who is in the lock of a folder, without taking it; None: nobody, or the file cannot be read.
+
+    Not for the program that holds it: closing the file would free the lock.
+    """
+    try:
+        with (folder / LOCK_NAME).open(encoding="utf-8", errors="replace") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            text = file.read()
+    except OSError:
+        return None
+    owner = _read_owner(text)
+    if kind == fcntl.F_UNLCK and owner is None:
+        return None
+    known = owner or {"pid": None, "host": None, "started": None}
+    return LockOwner(holds=kind != fcntl.F_UNLCK, **known)
+
+
+def _read_owner(text: str) -> dict[str, Any] | None:
+    """Return what the owner wrote; None where it has left the lock, or is about to write."""
     try:
         owner = json.loads(text)
-        return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+        return {key: owner[key] for key in ("pid", "host", "started")}
     except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _describe(text: str) -> str:
+    """Say who holds the lock."""
+    owner = _read_owner(text)
+    if owner is None:
         return "just started"
+    return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"

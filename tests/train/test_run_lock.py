@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.training import PROGRAM, TINY_RUN
 
 from dinov2.errors import ConfigError
-from dinov2.train.run_lock import RunLock
+from dinov2.train.run_lock import RunLock, look_at_lock
 
 TIME_LIMIT_S = 60  # for processes that nobody ends, if a test fails
 SETTING = "train.output_dir=outputs/run"
@@ -84,6 +85,30 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_hold_the_lock(tmp_pat
         os.kill(worker, signal.SIGKILL)
         os.close(reader)
         os.close(writer)
+
+
+def test_who_only_looks_sees_the_owner_and_whether_it_was_killed(tmp_path):
+    assert look_at_lock(tmp_path) is None
+    enter(tmp_path)
+    assert look_at_lock(tmp_path) is None
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        signal.alarm(TIME_LIMIT_S)
+        with RunLock(tmp_path, setting=SETTING):
+            os.write(writer, b"held")
+            signal.pause()
+    os.read(reader, 4)
+    os.close(reader)
+    os.close(writer)
+    held = look_at_lock(tmp_path)
+    refused = in_another_process(lambda: enter(tmp_path))
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    left = look_at_lock(tmp_path)
+    assert held.holds and (held.pid, held.host) == (owner, socket.gethostname())
+    assert f"(process {owner} on {socket.gethostname()}, started {held.started})" in refused
+    assert left == replace(held, holds=False)
 
 
 def test_an_owner_that_has_not_yet_written_its_name(tmp_path):
