@@ -65,6 +65,7 @@ PROGRAMS = [
     "dinov2-export = dinov2.run.export:main",
     "dinov2-check-data = dinov2.run.check_data:main",
     "dinov2-preview = dinov2.run.preview:main",
+    "dinov2-status = dinov2.run.status:main",
     "dinov2-submit = dinov2.run.submit:main",
 ]
 DATASETS = [
