@@ -30,6 +30,7 @@ demo: $(INSTALLED) ## train a tiny network on real images on the CPU, k-NN befor
 test: $(INSTALLED) ## unit tests, and those that start several processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
 
+# Those on a real Slurm need root and what tests/slurm/install.sh installs; they skip, with the reason, without.
 test-integration: $(INSTALLED) ## tests with real components, or of minutes
 	$(PY) -m pytest -m integration
 

@@ -49,7 +49,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
 JobRequeue=1
-KillWait=2
+KillWait=10
 MinJobAge=86400
 SlurmdParameters=config_overrides
 NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=$CPUS RealMemory=$MEMORY State=UNKNOWN
