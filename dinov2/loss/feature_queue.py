@@ -92,7 +92,7 @@ class FeatureQueues(dict[str, FeatureQueue]):
     starts_empty = True  # a checkpoint without it can be resumed from
 
     @classmethod
-    def of_sizes(cls, **num_images: int) -> "FeatureQueues":
+    def of_sizes(cls, num_images: Mapping[str, int]) -> "FeatureQueues":
         """Make a queue for each name whose number of images is not 0."""
         return cls({name: FeatureQueue(size) for name, size in num_images.items() if size})
 

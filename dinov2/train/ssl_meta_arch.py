@@ -5,7 +5,8 @@ Source: Oquab et al. 2023, arXiv:2304.07193, and Siméoni et al. 2025, arXiv:250
 parents' `SSLMetaArch`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,17 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config
+from dinov2.configs.adaptation_sections import LoraConfig
 from dinov2.configs.model_sections import HeadConfig
 from dinov2.distributed import get_rank, is_main_process, on_main_first
 from dinov2.eval.build import build_backbone
-from dinov2.fsdp import copy_local_state, full_state_dict, load_full_state_dict, local_tensor_pairs, shard
+from dinov2.fsdp import copy_local_state, full_state_dict, load_full_state_dict, shard
 from dinov2.hub.stored_tensor import State, StoredTensor
 from dinov2.layers.dino_head import DINOHead
+from dinov2.layers.lora import first_updates
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
 from dinov2.loss.feature_queue import FeatureQueues, one_patch_of_each_crop, score_with_past
-from dinov2.train.batch_statistics import average_statistics, copy_statistics
+from dinov2.models import Backbone
+from dinov2.train.batch_statistics import at_rest, average_statistics, copy_statistics, keep_frozen_statistics
 from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_targets
+from dinov2.train.low_rank import move_towards
+from dinov2.train.parts import freeze, train_low_rank
 
 _NUM_GLOBAL_CROPS = 2
 
@@ -58,7 +64,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
         past_scores, past_neighbours = cfg.train.sinkhorn_queue_size, cfg.dino.koleo_queue_size
-        self.queues = FeatureQueues.of_sizes(cls=past_scores, patch=past_scores, koleo=past_neighbours)
+        self.queues = FeatureQueues.of_sizes({"cls": past_scores, "patch": past_scores, "koleo": past_neighbours})
         self.koleo_loss = KoLeoLoss(
             distributed=cfg.dino.koleo_loss_distributed,
             topk=cfg.dino.koleo_topk,
@@ -150,6 +156,7 @@ class SSLMetaArch(nn.Module):
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
+        keep_frozen_statistics(self.student)
         self.teacher.eval()
         return self
 
@@ -159,6 +166,7 @@ class SSLMetaArch(nn.Module):
         *,
         teacher_temp: float,
         dino_local_loss_weight: float = 1.0,
+        freeze_backbone: bool = False,
         backprop: Callable[[Tensor], None] = Tensor.backward,
     ) -> dict[str, Tensor]:
         """Compare the student on masked and local crops with the teacher on whole ones, and add up gradients.
@@ -169,6 +177,7 @@ class SSLMetaArch(nn.Module):
                 masks; masks_weight [M], 1 / (masked patches of the patch's image).
             teacher_temp: teacher temperature, > 0.
             dino_local_loss_weight: factor on the local crops' part of the DINO loss, >= 0.
+            freeze_backbone: pass through the student's backbone without gradients; only the heads get some.
             backprop: called with the total loss; scales it where gradients are accumulated or in float16.
 
         Returns:
@@ -183,7 +192,9 @@ class SSLMetaArch(nn.Module):
             enabled=self.autocast_dtype != torch.float32,
         ):
             targets = self.teacher_targets(images, teacher_temp=teacher_temp)
-            total, metrics = self.student_losses(images, targets, dino_local_loss_weight=dino_local_loss_weight)
+            total, metrics = self.student_losses(
+                images, targets, dino_local_loss_weight=dino_local_loss_weight, freeze_backbone=freeze_backbone
+            )
         backprop(total)
         metrics |= {
             "total_loss": total.detach(),
@@ -209,14 +220,20 @@ class SSLMetaArch(nn.Module):
         return TeacherTargets(cls=cls_targets, patch=patch_targets, signs=signs)
 
     def student_losses(
-        self, images: dict[str, Tensor], targets: TeacherTargets, *, dino_local_loss_weight: float = 1.0
+        self,
+        images: dict[str, Tensor],
+        targets: TeacherTargets,
+        *,
+        dino_local_loss_weight: float = 1.0,
+        freeze_backbone: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all losses and, by name, each loss before its weight."""
         crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
         if self.num_local_crops:
             crops.append(images["collated_local_crops"])
             masks.append(None)
-        tokens = self.student.backbone(crops, masks=masks, is_training=True)
+        with at_rest(self.student.backbone) if freeze_backbone else nullcontext():
+            tokens = self.student.backbone(crops, masks=masks, is_training=True)
         cls = torch.cat([t["x_norm_clstoken"] for t in tokens])  # [(2 + L) * B, D]
         global_cls = tokens[0]["x_norm_clstoken"]  # [2 * B, D]
 
@@ -279,11 +296,11 @@ class SSLMetaArch(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student.
 
+        With low-rank updates, the student is the plain network that computes the same.
         Statistics of batch normalisation are averaged over ranks and copied; other buffers are constant and equal.
         """
         for name, module in self.teacher.items():
-            teacher, student = local_tensor_pairs(module, self.student[name])
-            torch._foreach_lerp_(teacher, student, 1 - momentum)
+            move_towards(module, self.student[name], share=1 - momentum)
         average_statistics(self.student)
         copy_statistics(self.teacher, self.student)
 
@@ -307,14 +324,31 @@ class SSLMetaArch(nn.Module):
 def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
     """Build backbone and heads as the config says; a teacher has no stochastic depth."""
     backbone = build_backbone(cfg, drop_path_rate=0.0 if of_teacher else cfg.student.drop_path_rate)
+    if not of_teacher:
+        _choose_trained(backbone, cfg.optim.freeze, cfg.lora)
     networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
     if cfg.ibot.separate_head and cfg.ibot.loss_weight > 0:
         networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
     return networks
 
 
+def _choose_trained(backbone: Backbone, frozen: Sequence[str], lora: LoraConfig) -> None:
+    """Decide, from the config, which parameters of a student's backbone learn; all do unless it says otherwise."""
+    if lora.rank:
+        train_low_rank(
+            backbone,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            dropout=lora.dropout,
+            also_train=lora.also_train,
+        )
+    freeze(backbone, frozen)
+
+
 def _whole_state(module: nn.Module, given: State, generator: torch.Generator) -> State:
     """Complete the given tensors of a module, which is on the meta device, by drawn ones."""
+    given = {name: StoredTensor.of(drawn) for name, drawn in first_updates(module, generator).items()} | given
     if given.keys() >= module.state_dict().keys():
         return given
     module.to_empty(device="cpu")
