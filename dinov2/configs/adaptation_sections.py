@@ -7,11 +7,13 @@ The comment of a field gives its unit and range, and where a number comes from. 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dinov2.configs.parts import require_part_names
 from dinov2.configs.schedule_sections import ScheduleConfig
 from dinov2.configs.section import Section
 from dinov2.errors import ConfigError
 
 START_WEIGHTS = "start"  # a value of gram.ckpt
+LORA_TARGETS = ("qkv", "proj", "fc1", "fc2", "w12", "w1", "w2", "w3")
 _LINEAR_RESIZES = ("bilinear", "bicubic")
 
 
@@ -103,3 +105,31 @@ class AnchorConfig(Section):
     def is_on(self) -> bool:
         """Whether features are anchored."""
         return self.cls_weight > 0 or self.patch_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank updates (LoRA, arXiv:2106.09685): the backbone's weights rest, small products beside them learn."""
+
+    KEY: ClassVar[str] = "lora"
+
+    # inner width of the products, >= 0; 0: off, the weights themselves learn. The teacher, and so every file of
+    # weights, is a plain network; it follows the student with its products added to its weights
+    rank: int = 0
+    alpha: float = 16.0  # the products count alpha / rank times, > 0
+    # linear layers that get a product, of those that the backbone has: qkv and proj of attention; fc1 and fc2, or w12,
+    # w1, w2 and w3, of the feed-forward part
+    targets: tuple[str, ...] = LORA_TARGETS
+    dropout: float = 0.0  # share of a product's inputs that is left out at random in training, 0..1 (1 excluded)
+    # parts of the backbone whose own weights learn as well, named as in optim.freeze; whole blocks get no products.
+    # Norms have few values and follow the domain; the mask token is of no use after training. ExPLoRA
+    # (arXiv:2406.10973) adds one or two whole blocks: [norms, mask_token, blocks:11]
+    also_train: tuple[str, ...] = ("norms", "mask_token")
+
+    def __post_init__(self) -> None:
+        self.require("rank", self.rank >= 0, "at least 0")
+        self.require("alpha", self.alpha > 0, "above 0")
+        known = bool(self.targets) and set(self.targets) <= set(LORA_TARGETS)
+        self.require("targets", known, f"a list of some of {', '.join(LORA_TARGETS)}")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        require_part_names(self, "also_train")

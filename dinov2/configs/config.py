@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from dinov2.configs.adaptation_sections import START_WEIGHTS, AnchorConfig, GramConfig
+from dinov2.configs.adaptation_sections import START_WEIGHTS, AnchorConfig, GramConfig, LoraConfig
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
 from dinov2.configs.default_layers import Family
 from dinov2.configs.evaluation_sections import EvaluationConfig
@@ -14,6 +14,7 @@ from dinov2.configs.model_sections import (
     ModelConfig,
     TeacherConfig,
 )
+from dinov2.configs.parts import require_parts
 from dinov2.configs.run_sections import (
     CheckpointingConfig,
     LoggingConfig,
@@ -38,6 +39,7 @@ class Config:
     ibot: IbotConfig = field(default_factory=IbotConfig)
     gram: GramConfig = field(default_factory=GramConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -61,6 +63,7 @@ class Config:
         self._require_a_statistic_per_channel()
         self._require_whole_accumulation_steps()
         self._require_schedules_within_the_run()
+        self._require_parts_to_train()
         self._require_one_source_of_gram_features()
         self._require_evaluations_for_the_best()
         self._require_another_folder_for_copies()
@@ -133,6 +136,32 @@ class Config:
                     f"{schedule.KEY}.warmup_epochs={warmup} and cosine_epochs={show_value(schedule.cosine_epochs)} go "
                     f"beyond the end of the run at optim.epochs={epochs}; shorten them"
                 )
+
+    def _require_parts_to_train(self) -> None:
+        optim, lora = self.optim, self.lora
+        require_parts("optim.freeze", optim.freeze, self.student)
+        if optim.freeze_backbone_epochs + optim.unfreeze_ramp_epochs > optim.epochs:
+            raise ConfigError(
+                f"optim.freeze_backbone_epochs={optim.freeze_backbone_epochs:g} and "
+                f"unfreeze_ramp_epochs={optim.unfreeze_ramp_epochs:g} go beyond the end of the run at "
+                f"optim.epochs={optim.epochs}; shorten them"
+            )
+        rests = optim.freeze_backbone_epochs or not optim.backbone_lr_multiplier
+        if rests and not (self.dino.loss_weight or self.ibot.loss_weight):
+            raise ConfigError(
+                "dino.loss_weight and ibot.loss_weight are both 0: while the backbone is frozen, nothing is learned; "
+                "set one above 0, or optim.freeze_backbone_epochs=0"
+            )
+        if not lora.rank:
+            return
+        if self.student.is_resnet:
+            raise ConfigError(f"student.arch={self.student.arch} has none of lora.targets; set lora.rank=0")
+        require_parts("lora.also_train", lora.also_train, self.student)
+        if not (self.MODEL.WEIGHTS or self.student.pretrained_weights or self.train.resume_path):
+            raise ConfigError(
+                f"lora.rank={lora.rank} makes small changes to given weights, and none are given; name them by "
+                f"student.pretrained_weights, or set lora.rank=0"
+            )
 
     def _require_one_source_of_gram_features(self) -> None:
         if self.gram.use_loss and self.gram.ema_teacher and self.crops.gram_teacher_crops_size is not None:

@@ -27,6 +27,14 @@ ARCH_WIDTH_AND_HEADS = {
 }
 
 
+# Blocks of each named backbone: of a ResNet, its residual blocks.
+ARCH_BLOCKS = {
+    **{"vit_tiny": 12, "vit_small": 12, "vit_base": 12, "vit_large": 24},
+    **{"vit_so400m": 27, "vit_huge2": 32, "vit_giant2": 40, "vit_7b": 40},
+    **{"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(Section):
     """The backbone; the teacher has the same one, without stochastic depth."""
@@ -80,6 +88,11 @@ class StudentConfig(Section):
     def is_resnet(self) -> bool:
         """Whether `arch` is a ResNet, which has no patch tokens."""
         return self.arch in RESNET_ARCHS
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the backbone; of a ResNet, its residual blocks."""
+        return self.depth or ARCH_BLOCKS[self.arch]
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "in_chans"):

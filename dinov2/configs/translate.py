@@ -238,6 +238,8 @@ def _idle(ours: Mapping[str, Given]) -> list[str]:
         parts.append(({"gram.loss_weight"}, "gram.loss_weight_schedule is set"))
     if not _value(ours, "dino.koleo_loss_distributed"):
         parts.append(({"dino.koleo_distributed_loss_group_size"}, "dino.koleo_loss_distributed=false"))
+    if not _value(ours, "lora.rank"):
+        parts.append(({key for key in leaves() if key.startswith("lora.")}, "lora.rank=0"))
     if _value(ours, "compute_precision.sharding_strategy") != "HYBRID_SHARD":
         reason = "compute_precision.sharding_strategy is not HYBRID_SHARD"
         parts.append(({"compute_precision.hybrid_shard_size"}, reason))
@@ -246,8 +248,13 @@ def _idle(ours: Mapping[str, Given]) -> list[str]:
         f"{key}={show_value(given.value)} has no effect: {reason}"
         for keys, reason in parts
         for key, given in ours.items()
-        if key in keys and given.layer >= 0 and given.value != defaults[key]
+        if key in keys and given.layer >= 0 and _plain(given.value) != _plain(defaults[key])
     ]
+
+
+def _plain(value: Any) -> Any:
+    """Give a list for a tuple, as a file has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _refused(given: Mapping[str, Given]) -> list[str]:

@@ -8,7 +8,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from dinov2.configs.section import show_value
 from dinov2.errors import ConfigError
 
-_NAMES = {bool: ("true or false",), int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text",)}
+_NAMES = {
+    bool: ("true or false",),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("text", "names"),
+}
 
 
 def convert(key: str, value: Any, annotation: Any) -> Any:

@@ -7,6 +7,7 @@ from dinov2.fsdp.rng import RngState
 from dinov2.fsdp.wrap import (
     copy_local_state,
     full_state_dict,
+    gathered,
     load_full_state_dict,
     local_tensor_pairs,
     local_tensors,
@@ -21,6 +22,7 @@ __all__ = [
     "clip_grad_norm_",
     "copy_local_state",
     "full_state_dict",
+    "gathered",
     "grad_norms",
     "load_full_state_dict",
     "local_tensor_pairs",

@@ -38,22 +38,27 @@ def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> Non
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Restore an optimiser from a checkpoint's state, in which tensors are `StoredPieces`.
+    """Restore what an optimiser knows of each parameter from a checkpoint, in which tensors are `StoredPieces`.
+
+    The settings of groups are restored, too, where the parameters are grouped as they were; else they stay this run's.
 
     Raises:
-        CheckpointError: the optimiser has other groups, or other parameters in one.
+        CheckpointError: the optimiser has other parameters.
         DamagedCheckpointError: what was read is not what was written.
     """
     running = _named_groups(model, optimizer)
-    _check_groups([group["params"] for group in saved["param_groups"]], [group["params"] for group in running])
-    params = dict(model.named_parameters())
     order = [name for group in running for name in group["params"]]
+    _check_parameters({name for group in saved["param_groups"] for name in group["params"]}, set(order))
+    params = dict(model.named_parameters())
     index = {name: position for position, name in enumerate(order)}
     state = {
         index[name]: {key: _read(value, params[name]) for key, value in values.items()}
         for name, values in saved["state"].items()
     }
-    groups = [group | {"params": [index[name] for name in group["params"]]} for group in saved["param_groups"]]
+    groups = saved["param_groups"]
+    if [group["params"] for group in groups] == [group["params"] for group in running]:
+        running = [now | before for now, before in zip(running, groups, strict=True)]
+    groups = [group | {"params": [index[name] for name in group["params"]]} for group in running]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -77,13 +82,12 @@ def _fill(target: Tensor, source: StoredPieces, *, layout: Layout) -> None:
         (target.narrow(0, row, part.shape[0]) if target.ndim else target).copy_(part)
 
 
-def _check_groups(saved: list[list[str]], running: list[list[str]]) -> None:
-    if len(saved) != len(running):
-        raise CheckpointError(f"the checkpoint's optimiser has {len(saved)} parameter groups, this one {len(running)}")
-    for number, (before, now) in enumerate(zip(saved, running, strict=True)):
-        if before != now:
-            first = next(iter(sorted(set(before) ^ set(now))), "the order")
-            raise CheckpointError(f"parameter group {number} of the optimiser is not the saved one: {first} differs")
+def _check_parameters(saved: set[str], running: set[str]) -> None:
+    for names, who in ((saved - running, "the checkpoint's"), (running - saved, "this run's")):
+        if names:
+            raise CheckpointError(
+                f"the checkpoint's optimiser does not train the same parameters: {min(names)} is {who} alone"
+            )
 
 
 def _read(value: Any, param: Tensor) -> Any:

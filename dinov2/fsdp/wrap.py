@@ -5,7 +5,7 @@ keep the gathered copy (NO_SHARD, SHARD_GRAD_OP) a forward without gradients lea
 is written to those is lost. `local_tensors` of a module and all other functions here reshard first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from typing import Any
 
@@ -114,10 +114,17 @@ def local_tensors(params: Sequence[Tensor] | nn.Module) -> list[Tensor]:
     return [local_part(param) for param in params]
 
 
-def local_tensor_pairs(target: nn.Module, source: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def local_tensor_pairs(
+    target: nn.Module, source: nn.Module, *, source_only: Set[str] = frozenset()
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return this rank's floating-point parameters of two equal modules, ready for `torch._foreach_lerp_`.
 
     Both modules are resharded first, so what is written to the target's parts is seen by its next forward pass.
+
+    Args:
+        target: module that is to be changed.
+        source: module like it.
+        source_only: names of parameters that the source has besides; they are left out.
 
     Raises:
         ValueError: the modules do not have the same parameter names.
@@ -125,10 +132,16 @@ def local_tensor_pairs(target: nn.Module, source: nn.Module) -> tuple[list[Tenso
     reshard(target)
     reshard(source)
     target_params, source_params = dict(target.named_parameters()), dict(source.named_parameters())
-    if target_params.keys() != source_params.keys():
-        raise ValueError(f"modules differ in {sorted(target_params.keys() ^ source_params.keys())[0]}")
+    if different := target_params.keys() ^ (source_params.keys() - source_only):
+        raise ValueError(f"modules differ in {sorted(different)[0]}")
     names = [name for name, param in target_params.items() if param.is_floating_point()]
     return local_tensors([target_params[name] for name in names]), local_tensors([source_params[n] for n in names])
+
+
+@torch.no_grad()
+def gathered(param: Tensor) -> Tensor:
+    """Return a parameter of a resharded module whole, on all ranks; all ranks must call it. Cost: one all-gather."""
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 Networks without batch normalisation have none, and nothing is done for them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -31,5 +34,33 @@ def copy_statistics(target: nn.Module, source: nn.Module) -> None:
         own.copy_(other)
 
 
+def keep_frozen_statistics(network: nn.Module) -> None:
+    """Let layers whose scale and shift are frozen use the statistics they have, also in training mode."""
+    for layer in _layers(network):
+        if not any(param.requires_grad for param in layer.parameters()):
+            layer.eval()
+
+
+@contextmanager
+def at_rest(network: nn.Module) -> Iterator[None]:
+    """While entered, a network in training mode is passed through without gradients, and its statistics stay.
+
+    All else that training mode does to it, such as stochastic depth, goes on, so that what follows it gets used to it.
+    """
+    learning = [layer for layer in _layers(network) if layer.training]
+    for layer in learning:
+        layer.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in learning:
+            layer.train()
+
+
 def _statistics(network: nn.Module) -> list[Tensor]:
-    return [buffer for module in network.modules() if isinstance(module, _KINDS) for buffer in module.buffers()]
+    return [buffer for layer in _layers(network) for buffer in layer.buffers()]
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, _KINDS)]

@@ -1,5 +1,6 @@
 """Parameter groups: learning-rate and weight-decay multipliers by depth and kind of parameter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ class Multipliers:
     lr_multiplier: float
     wd_multiplier: float
     is_last_layer: bool = False  # prototypes, whose learning rate is 0 at first
+    is_backbone: bool = False  # whose learning rate may be 0 at first, and rise
 
 
 def backbone_multipliers(
@@ -35,7 +37,7 @@ def backbone_multipliers(
         lr = layerwise_decay ** (backbone.depth + 1 - backbone.layer_id(name))
         if name.startswith("patch_embed."):
             lr *= patch_embed_lr_mult
-        found[name] = Multipliers(lr, 0.0 if param.ndim <= 1 or name in exempt else 1.0)
+        found[name] = Multipliers(lr, 0.0 if param.ndim <= 1 or name in exempt else 1.0, is_backbone=True)
     return found
 
 
@@ -55,7 +57,9 @@ def param_groups(
     patch_embed_lr_mult: float,
     dino_head_wd_multiplier: float = 1.0,
 ) -> list[dict]:
-    """Fuse the parameters of a student with equal multipliers into groups for an optimiser.
+    """Fuse the trained parameters of a student with equal multipliers into groups for an optimiser.
+
+    Matrices of low-rank updates decay towards 0, which takes the weights back to those that training started from.
 
     Args:
         student: modules `backbone`, `dino_head` and, if separate, `ibot_head`.
@@ -65,7 +69,7 @@ def param_groups(
             name of the head in names that do not hold it, so there it acts on nothing.
 
     Returns:
-        Groups with keys params, names, lr_multiplier, wd_multiplier, is_last_layer.
+        Groups with keys params, names, lr_multiplier, wd_multiplier, is_last_layer, is_backbone.
     """
     groups: dict[Multipliers, dict] = {}
     for module_name, module in student.items():
@@ -77,6 +81,8 @@ def param_groups(
                 module, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
             )
         for name, param in module.named_parameters():
+            if not param.requires_grad:
+                continue
             key = multipliers[name]
             group = groups.setdefault(key, {"params": [], "names": [], **vars(key)})
             group["params"].append(param)
@@ -84,9 +90,43 @@ def param_groups(
     return list(groups.values())
 
 
+def common_groups(per_stage: Sequence[list[dict]]) -> list[dict]:
+    """Split groups until the parameters of each share their multipliers in every stage of a run.
+
+    Args:
+        per_stage: what `param_groups` makes of one student under the settings of each stage; left unchanged.
+
+    Returns:
+        Groups with the multipliers of the first stage; of one stage, its own.
+    """
+    common, *others = per_stage
+    for groups in others:
+        place = {name: number for number, group in enumerate(groups) for name in group["names"]}
+        split: dict[tuple[int, int], dict] = {}
+        for number, group in enumerate(common):
+            for param, name in zip(group["params"], group["names"], strict=True):
+                part = split.setdefault((number, place[name]), group | {"params": [], "names": []})
+                part["params"].append(param)
+                part["names"].append(name)
+        common = list(split.values())
+    return common
+
+
+def set_multipliers(optimizer: torch.optim.Optimizer, groups: Sequence[dict]) -> None:
+    """Give an optimiser's groups the multipliers of other groups of the same parameters, which may be fused further."""
+    multipliers = {
+        name: {key: value for key, value in group.items() if key not in ("params", "names")}
+        for group in groups
+        for name in group["names"]
+    }
+    for group in optimizer.param_groups:
+        group.update(multipliers[group["names"][0]])
+
+
 def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Set the learning rate and weight decay of every group for this step."""
     for group in optimizer.param_groups:
         lr = values.last_layer_lr if group["is_last_layer"] else values.lr
-        group["lr"] = lr * group["lr_multiplier"]
+        factor = values.backbone_lr_factor if group["is_backbone"] else values.head_lr_factor
+        group["lr"] = lr * factor * group["lr_multiplier"]
         group["weight_decay"] = values.wd * group["wd_multiplier"]

@@ -105,7 +105,8 @@ def _all_networks(model: SSLMetaArch, weights: str, student: StudentConfig) -> d
 
 def _plan(model: SSLMetaArch, weights: str, *, allow_partial: bool) -> tuple[dict[str, State], dict[str, str]]:
     """Return tensors for the student's modules by name, and for heads that stay as they are, the reason."""
-    plan = plan_weights(model.student["backbone"], weights, allow_partial=allow_partial)
+    # The teacher's backbone has the names and shapes of the student's, without low-rank updates.
+    plan = plan_weights(model.teacher["backbone"], weights, allow_partial=allow_partial)
     logger.info("%s", plan.report)
     given, unfit = {"backbone": plan.state}, {}
     for name in [name for name in model.student if name != "backbone"]:

@@ -1,5 +1,6 @@
 """Schedules over optimiser steps: learning rate, weight decay, teacher momentum and temperature, a loss weight."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,8 @@ class StepValues:
     momentum: float
     teacher_temp: float
     dino_local_loss_weight: float = 1.0
+    backbone_lr_factor: float = 1.0  # on the learning rate of the backbone; 0: it is frozen and needs no gradient
+    head_lr_factor: float = 1.0  # on the learning rate of the heads
 
 
 class Schedules:
@@ -133,6 +136,10 @@ class Schedules:
             self.teacher_temp = self._piecewise(cfg.schedules.teacher_temp)
             frozen_epochs = cfg.schedules.lr.freeze_last_layer_epochs
         self.frozen_last_layer_steps = frozen_epochs * epoch_length
+        self.frozen_backbone_steps = _whole_steps(cfg.optim.freeze_backbone_epochs, epoch_length=epoch_length)
+        self.ramp_steps = _whole_steps(cfg.optim.unfreeze_ramp_epochs, epoch_length=epoch_length)
+        self.backbone_lr_multiplier = cfg.optim.backbone_lr_multiplier
+        self.head_lr_multiplier = cfg.optim.head_lr_multiplier
         self.dino_local_loss_weight = StepSchedule(np.empty(0), final_value=1.0)
         if cfg.dino.reweight_dino_local_loss:
             self.dino_local_loss_weight = self._piecewise(cfg.dino.local_loss_weight_schedule)
@@ -178,7 +185,19 @@ class Schedules:
             momentum=self.momentum[step],
             teacher_temp=self.teacher_temp[step],
             dino_local_loss_weight=self.dino_local_loss_weight[step],
+            backbone_lr_factor=self.backbone_lr_multiplier * self._thaw(step),
+            head_lr_factor=self.head_lr_multiplier,
         )
+
+    def _thaw(self, step: int) -> float:
+        """Return 0 while the backbone is frozen; then it rises in equal parts to 1, in the last step of the ramp."""
+        steps = step + 1 - self.frozen_backbone_steps
+        return min(max(steps / max(self.ramp_steps, 1), 0.0), 1.0)
+
+
+def _whole_steps(epochs: float, *, epoch_length: int) -> int:
+    """Turn epochs into steps; a part of a step counts as one, so that a short time is not lost."""
+    return math.ceil(round(epochs * epoch_length, 6))
 
 
 def scaled_lr(cfg: Config, *, global_batch_size: int) -> tuple[float, float]:
