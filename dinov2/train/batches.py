@@ -4,8 +4,7 @@ import logging
 import time
 from collections.abc import Generator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceBatches:
-    """Endless finished batches of this rank; a context, because the loader's workers must end before the process does.
+    """Endless finished batches of this rank; to be closed, as the loader's workers must end before the process does.
 
     Args:
         batches: raw batches of the loader; closed at the end.
@@ -42,12 +41,8 @@ class DeviceBatches:
         self._skipped_file = skipped_file
         self._skipped = _read_lines(skipped_file)  # of this run, also before it was resumed
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the loader's workers."""
         self._batches.close()
 
     def __next__(self) -> dict[str, Any]:
@@ -78,16 +73,6 @@ class DeviceBatches:
         """Start counting the time spent waiting for the loader anew."""
         self.waited_s = 0.0
 
-    def report_skipped(self) -> None:
-        """Log how many images could not be read; called by all ranks at the end."""
-        everywhere = set().union(*all_gather_objects(sorted(self._skipped)))
-        if everywhere:
-            logger.warning(
-                "%d images could not be read and were replaced; they are listed in %s",
-                len(everywhere),
-                self._skipped_file.parent / "skipped_images.rank*.txt",
-            )
-
     def _note_skipped(self, paths: list[str]) -> None:
         new = sorted(set(paths) - self._skipped)
         if not new:
@@ -97,6 +82,23 @@ class DeviceBatches:
             logger.warning("skipped unreadable image %s", path)
         with open(self._skipped_file, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{path}\n" for path in new)
+
+
+def skipped_file(output_dir: Path, *, rank: int) -> Path:
+    """Return where a rank lists the images that it could not read."""
+    return output_dir / "logs" / f"skipped_images.rank{rank}.txt"
+
+
+def report_skipped(output_dir: Path, *, rank: int) -> None:
+    """Log how many images could not be read; called by all ranks at the end."""
+    path = skipped_file(output_dir, rank=rank)
+    everywhere = set().union(*all_gather_objects(sorted(_read_lines(path))))
+    if everywhere:
+        logger.warning(
+            "%d images could not be read and were replaced; they are listed in %s",
+            len(everywhere),
+            path.parent / "skipped_images.rank*.txt",
+        )
 
 
 def _read_lines(path: Path) -> set[str]:

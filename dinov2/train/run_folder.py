@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dinov2 import checkpoint_format
@@ -11,7 +11,7 @@ from dinov2.configs import Config, write_config
 from dinov2.errors import CheckpointError, ConfigError
 from dinov2.fsdp.periodic import BEST_NAME
 from dinov2.logging.metric_logger import METRICS_NAME
-from dinov2.train.build import RunPlan
+from dinov2.train.stages import Stages
 
 CONFIG_NAME = "config.yaml"
 PLAN_NAME = "run_plan.json"
@@ -79,12 +79,12 @@ def require_no_other_run(cfg: Config, *, overwrite: bool) -> None:
         )
 
 
-def begin_run(cfg: Config, plan: RunPlan, folder: Path, *, overwrite: bool) -> None:
+def begin_run(cfg: Config, stages: Stages, folder: Path, *, overwrite: bool) -> None:
     """Write the resolved config and the numbers that follow from it; for rank 0, once nothing else can fail.
 
     Args:
         cfg: config of the run.
-        plan: stored beside it.
+        stages: their plans are stored beside it.
         folder: of the run.
         overwrite: first remove the run that is there.
 
@@ -96,7 +96,7 @@ def begin_run(cfg: Config, plan: RunPlan, folder: Path, *, overwrite: bool) -> N
             _remove_run(folder, copies=_copies_of(cfg))
         # Starting anew is said for one start; the file, given to a later one, must not refuse to go on.
         write_config(replace(cfg, train=replace(cfg.train, resume=True)), folder / CONFIG_NAME)
-        checkpoint_format.write_text(folder / PLAN_NAME, json.dumps(asdict(plan), indent=2) + "\n")
+        checkpoint_format.write_text(folder / PLAN_NAME, json.dumps(stages.as_plain(), indent=2) + "\n")
     except OSError as error:
         raise _not_writable(folder, error) from error
 

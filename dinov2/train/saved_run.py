@@ -20,15 +20,16 @@ from dinov2.fsdp import FSDPCheckpointer
 from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.train.build import RunPlan
 from dinov2.train.run_folder import PLAN_NAME
+from dinov2.train.stages import SavedBatch
 
 logger = logging.getLogger("dinov2.train")
 
 
-def saved_global_batch(cfg: Config, checkpointer: FSDPCheckpointer) -> int | None:
-    """Look up the images of one step of the run that `resume` will continue; called by all ranks.
+def saved_batch(cfg: Config, checkpointer: FSDPCheckpointer) -> SavedBatch | None:
+    """Look up where the run stands that `resume` will continue, and its images of one step; called by all ranks.
 
     Returns:
-        None where nothing is continued, or the checkpoint is of an older version that did not note it.
+        None where nothing is continued.
 
     Raises:
         CheckpointError: `train.resume_path` names no complete checkpoint.
@@ -38,7 +39,9 @@ def saved_global_batch(cfg: Config, checkpointer: FSDPCheckpointer) -> int | Non
     if manifest is None and cfg.train.resume_path:
         folder = split_path(cfg.train.resume_path)[0]
         manifest = on_main_first(open_resume_path, cfg.train.resume_path)
-    return None if manifest is None else on_main_first(_global_batch, manifest, folder)
+    if manifest is None:
+        return None
+    return SavedBatch(manifest.iteration, on_main_first(_global_batch, manifest, folder))
 
 
 def open_resume_path(path: str) -> Manifest:
