@@ -109,6 +109,7 @@ class StepValues:
     momentum: float
     teacher_temp: float
     dino_local_loss_weight: float = 1.0
+    gram_loss_weight: float = 1.0
     backbone_lr_factor: float = 1.0  # on the learning rate of the backbone; 0: it is frozen and needs no gradient
     head_lr_factor: float = 1.0  # on the learning rate of the heads
 
@@ -143,6 +144,9 @@ class Schedules:
         self.dino_local_loss_weight = StepSchedule(np.empty(0), final_value=1.0)
         if cfg.dino.reweight_dino_local_loss:
             self.dino_local_loss_weight = self._piecewise(cfg.dino.local_loss_weight_schedule)
+        self.gram_loss_weight = StepSchedule(np.empty(0), final_value=cfg.gram.loss_weight)
+        if cfg.gram.loss_weight_schedule is not None:
+            self.gram_loss_weight = self._piecewise(cfg.gram.loss_weight_schedule)
 
     def _build_classic(self, cfg: Config, *, lr: float, end_lr: float) -> None:
         optim, teacher, total = cfg.optim, cfg.teacher, self.total_steps
@@ -185,6 +189,7 @@ class Schedules:
             momentum=self.momentum[step],
             teacher_temp=self.teacher_temp[step],
             dino_local_loss_weight=self.dino_local_loss_weight[step],
+            gram_loss_weight=self.gram_loss_weight[step],
             backbone_lr_factor=self.backbone_lr_multiplier * self._thaw(step),
             head_lr_factor=self.head_lr_multiplier,
         )

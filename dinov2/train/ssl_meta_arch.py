@@ -26,12 +26,14 @@ from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
 from dinov2.loss.feature_queue import FeatureQueues, one_patch_of_each_crop, score_with_past
 from dinov2.models import Backbone
+from dinov2.train.anchor import Anchoring, AnchorTargets, AnchorWeights
 from dinov2.train.batch_statistics import at_rest, average_statistics, copy_statistics, keep_frozen_statistics
 from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_targets
 from dinov2.train.low_rank import move_towards
 from dinov2.train.parts import freeze, train_low_rank
 
 _NUM_GLOBAL_CROPS = 2
+_NO_ANCHORS = AnchorWeights()
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TeacherTargets:
 
     cls: Assignments  # both global crops, crop-major, 2 * B rows
     patch: Assignments | None  # masked patches, M rows; None without the iBOT loss
+    anchors: AnchorTargets
     signs: Mapping[str, Tensor]  # of collapse, 0-dim each
 
 
@@ -60,6 +63,9 @@ class SSLMetaArch(nn.Module):
         self._build_networks = partial(_networks, cfg)
         self.student, self.teacher = self._build_networks(), self._build_networks(of_teacher=True)
         self.teacher.requires_grad_(False)
+        self.anchoring = Anchoring.from_config(
+            cfg.gram, cfg.anchor, build_network=partial(build_backbone, cfg, drop_path_rate=0.0)
+        )
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
@@ -78,7 +84,13 @@ class SSLMetaArch(nn.Module):
         self.dino_loss_weight = cfg.dino.loss_weight
         self.koleo_loss_weight = cfg.dino.koleo_loss_weight
         self.ibot_loss_weight = cfg.ibot.loss_weight
+        self.anchor_cls_weight = cfg.anchor.cls_weight
+        self.anchor_patch_weight = cfg.anchor.patch_weight
         self.num_local_crops = cfg.crops.local_crops_number
+
+    def begin_step(self, step: int) -> None:
+        """Do what is due before a step, counted through the whole run; all ranks call it before each step."""
+        self.anchoring.begin_step(step, self.teacher.backbone)
 
     def prepare_for_distributed_training(
         self,
@@ -95,7 +107,7 @@ class SSLMetaArch(nn.Module):
         """
         assert all(param.is_meta for param in self.parameters()), "values set before sharding would be lost"
         self.autocast_dtype = param_dtype
-        for networks in (self.student, self.teacher):
+        for networks in (self.student, self.teacher, self.anchoring.networks):
             for module in networks.values():
                 shard(
                     module,
@@ -130,6 +142,7 @@ class SSLMetaArch(nn.Module):
         for name, module in self.student.items():
             load_full_state_dict(module, whole_state(name), read=lambda stored: stored.read())
         copy_local_state(self.teacher, self.student)
+        self.anchoring.copy_from(self.teacher.backbone)
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
 
@@ -154,10 +167,11 @@ class SSLMetaArch(nn.Module):
         copy_local_state(self.teacher[name], self.student[name])
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
-        """Set the student's mode; the teacher stays in evaluation mode."""
+        """Set the student's mode; the teacher and frozen networks stay in evaluation mode."""
         super().train(mode)
         keep_frozen_statistics(self.student)
         self.teacher.eval()
+        self.anchoring.eval()
         return self
 
     def forward_backward(
@@ -166,6 +180,7 @@ class SSLMetaArch(nn.Module):
         *,
         teacher_temp: float,
         dino_local_loss_weight: float = 1.0,
+        gram_loss_weight: float = 1.0,
         freeze_backbone: bool = False,
         backprop: Callable[[Tensor], None] = Tensor.backward,
     ) -> dict[str, Tensor]:
@@ -174,9 +189,11 @@ class SSLMetaArch(nn.Module):
         Args:
             images: a finished batch: collated_global_crops [2 * B, C, H, W] and collated_local_crops [L * B, C, h, w],
                 float32, crop-major; collated_masks [2 * B, N] bool; mask_indices_list [M], positions in the flattened
-                masks; masks_weight [M], 1 / (masked patches of the patch's image).
+                masks; masks_weight [M], 1 / (masked patches of the patch's image); where they are used,
+                collated_gram_teacher_crops [2 * B, C, ., .], and seeds of the samples, [B] int64, on any device.
             teacher_temp: teacher temperature, > 0.
             dino_local_loss_weight: factor on the local crops' part of the DINO loss, >= 0.
+            gram_loss_weight: factor on the Gram loss, >= 0, where the config asks for it.
             freeze_backbone: pass through the student's backbone without gradients; only the heads get some.
             backprop: called with the total loss; scales it where gradients are accumulated or in float16.
 
@@ -186,12 +203,17 @@ class SSLMetaArch(nn.Module):
             over the global crops), so they can be compared between runs whose weights and numbers of crops differ;
             log K is a uniform guess. DINOv2 records them weighed by pairs of crops, KoLeo with its weight, iBOT halved.
         """
+        anchor_weights = _NO_ANCHORS  # a frozen backbone is where it is
+        if not freeze_backbone:
+            anchor_weights = AnchorWeights(
+                gram=gram_loss_weight, cls=self.anchor_cls_weight, patch=self.anchor_patch_weight
+            )
         with torch.autocast(
             images["collated_global_crops"].device.type,
             dtype=self.autocast_dtype,
             enabled=self.autocast_dtype != torch.float32,
         ):
-            targets = self.teacher_targets(images, teacher_temp=teacher_temp)
+            targets = self.teacher_targets(images, teacher_temp=teacher_temp, anchor_weights=anchor_weights)
             total, metrics = self.student_losses(
                 images, targets, dino_local_loss_weight=dino_local_loss_weight, freeze_backbone=freeze_backbone
             )
@@ -205,7 +227,9 @@ class SSLMetaArch(nn.Module):
         return metrics
 
     @torch.no_grad()
-    def teacher_targets(self, images: dict[str, Tensor], *, teacher_temp: float) -> TeacherTargets:
+    def teacher_targets(
+        self, images: dict[str, Tensor], *, teacher_temp: float, anchor_weights: AnchorWeights = _NO_ANCHORS
+    ) -> TeacherTargets:
         """Assign the class tokens of both global crops, and the patches that the student will not see."""
         tokens = self.teacher.backbone(images["collated_global_crops"], is_training=True)
         cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
@@ -217,7 +241,8 @@ class SSLMetaArch(nn.Module):
             patch_targets = self._assign(self.ibot_patch_loss, _patch_head(self.teacher), masked, teacher_temp, masks)
         signs = signs_of_crops(images["collated_global_crops"]) | signs_of_features(cls) | signs_of_targets(cls_targets)
         signs["patch_norm"] = patches.float().norm(dim=-1).mean()
-        return TeacherTargets(cls=cls_targets, patch=patch_targets, signs=signs)
+        anchors = self.anchoring.targets(images, weights=anchor_weights, teacher_patches=patches)
+        return TeacherTargets(cls=cls_targets, patch=patch_targets, anchors=anchors, signs=signs)
 
     def student_losses(
         self,
@@ -265,7 +290,9 @@ class SSLMetaArch(nn.Module):
             (ibot,) = _patch_head(self.student)(masked, criterion)
             total = total + self.ibot_loss_weight * ibot
             metrics["ibot_loss"] = ibot.detach()
-        return total, metrics
+
+        anchored, of_anchors = self.anchoring(tokens[0], targets.anchors, images)
+        return total + anchored, metrics | of_anchors
 
     def _assign(
         self,

@@ -156,6 +156,7 @@ def do_train(
             started = time.perf_counter()
             values = stage.values(step)
             apply_schedules(optimizer, values)
+            model.begin_step(step)
 
             metrics = forward_backward(model, current.batches, plan=stage.plan, values=values, scaler=scaler)
             samples_seen += stage.plan.global_batch_size
@@ -220,6 +221,7 @@ def forward_backward(
             next(batches),
             teacher_temp=values.teacher_temp,
             dino_local_loss_weight=values.dino_local_loss_weight,
+            gram_loss_weight=values.gram_loss_weight,
             freeze_backbone=values.backbone_lr_factor == 0,
             backprop=lambda loss: scaler.scale(loss * share).backward(),
         )
