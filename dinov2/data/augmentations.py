@@ -4,9 +4,11 @@ Shapes: B images, G = 2 global crops, L local crops, C channels. Crop-major: all
 Source: recipe and order of DINOv2's class of this name, which took it from BYOL (arXiv:2006.07733).
 """
 
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -45,6 +47,9 @@ class DataAugmentationDINO:
         local_crops_number: local crops of an image.
         global_crops_size: side of a finished crop, px.
         local_crops_size: the same for local crops.
+        gram_teacher_crops_size: the global crops once more in this size, px, for a Gram teacher; None: not.
+        gram_teacher_no_distortions: these without colour jitter, grey, blur and solarisation; else with those of the
+            global crops, sigmas of the blur in proportion to the size.
         in_chans: channels; saturation, hue and grey act on 3 only.
         blur_probability: for the first global, second global and local crops, as `solarize_probability`.
         mean: of each channel, fraction of full scale; None: ImageNet's for 3 channels, else 0.5.
@@ -60,6 +65,8 @@ class DataAugmentationDINO:
         global_crops_size: int = 224,
         local_crops_size: int = 96,
         *,
+        gram_teacher_crops_size: int | None = None,
+        gram_teacher_no_distortions: bool = False,
         in_chans: int = 3,
         horizontal_flip_probability: float = 0.5,
         vertical_flip_probability: float = 0.0,
@@ -81,6 +88,8 @@ class DataAugmentationDINO:
         self.local_crops_number = local_crops_number
         self.global_crops_size = global_crops_size
         self.local_crops_size = local_crops_size
+        self.gram_teacher_crops_size = gram_teacher_crops_size
+        self.gram_teacher_no_distortions = gram_teacher_no_distortions
         self.in_chans = in_chans
         self.flips = (horizontal_flip_probability, vertical_flip_probability)
         self.color_jitter_probability = color_jitter_probability
@@ -107,7 +116,8 @@ class DataAugmentationDINO:
             seed: of this sample; everything random follows from it.
 
         Returns:
-            `global_crops`, 2 tensors [C, H, W], and `local_crops`, L tensors; uint8 or uint16, as the image.
+            `global_crops`, 2 tensors [C, H, W], and `local_crops`, L tensors; uint8 or uint16, as the image. With
+            `gram_teacher_crops_size` also `gram_teacher_crops`, 2 tensors: the same parts of the image in that size.
 
         Raises:
             DatasetError: the image cannot be decoded, or has another number of channels.
@@ -120,19 +130,24 @@ class DataAugmentationDINO:
 
         boxes = [draw(self.global_crops_scale, self.global_crops_size) for _ in range(_NUM_GLOBAL_CROPS)]
         boxes += [draw(self.local_crops_scale, self.local_crops_size) for _ in range(self.local_crops_number)]
+        num_ordinary = len(boxes)
+        if self.gram_teacher_crops_size is not None:
+            boxes += [replace(box, size=self.gram_teacher_crops_size) for box in boxes[:_NUM_GLOBAL_CROPS]]
         crops = cut_crops(image, boxes)
         if len(crops[0]) != self.in_chans:
             found = len(crops[0])
             raise DatasetError(
                 f"it has {found} channels, but student.in_chans={self.in_chans}; set student.in_chans={found}"
             )
-        return {"global_crops": crops[:_NUM_GLOBAL_CROPS], "local_crops": crops[_NUM_GLOBAL_CROPS:]}
+        parts = {"global_crops": crops[:_NUM_GLOBAL_CROPS], "local_crops": crops[_NUM_GLOBAL_CROPS:num_ordinary]}
+        return parts | ({"gram_teacher_crops": crops[num_ordinary:]} if len(crops) > num_ordinary else {})
 
     def stack(self, samples: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
         """Put the crops of B samples together.
 
         Returns:
-            `collated_global_crops` [G * B, C, H, W] and `collated_local_crops` [L * B, C, h, w], crop-major.
+            `collated_global_crops` [G * B, C, H, W] and `collated_local_crops` [L * B, C, h, w], crop-major; of
+            samples that have them also `collated_gram_teacher_crops` [G * B, C, ., .].
 
         Raises:
             DatasetError: some images have 8 bits and others 16.
@@ -140,16 +155,14 @@ class DataAugmentationDINO:
         kinds = {str(crops["global_crops"][0].dtype).removeprefix("torch.") for crops in samples}
         if len(kinds) > 1:
             raise DatasetError(f"images of different kinds of pixels in one batch: {', '.join(sorted(kinds))}")
-        global_crops, local_crops = (
-            [crops[name][number] for number in range(count) for crops in samples]
-            for name, count in (("global_crops", _NUM_GLOBAL_CROPS), ("local_crops", self.local_crops_number))
-        )
-        size = self.local_crops_size
-        no_crops = global_crops[0].new_empty((0, self.in_chans, size, size))
-        return {
-            "collated_global_crops": torch.stack(global_crops),
-            "collated_local_crops": torch.stack(local_crops) if local_crops else no_crops,
+        stacked = {
+            f"collated_{name}": torch.stack([crops[name][number] for number in range(count) for crops in samples])
+            for name, count in ((name, len(crops)) for name, crops in samples[0].items())
+            if count
         }
+        size = self.local_crops_size
+        no_crops = stacked["collated_global_crops"].new_empty((0, self.in_chans, size, size))
+        return {"collated_local_crops": no_crops} | stacked
 
     @torch.no_grad()
     def finish(self, crops: dict[str, Any], seeds: Tensor) -> dict[str, Any]:
@@ -157,7 +170,8 @@ class DataAugmentationDINO:
 
         Args:
             crops: of B samples, `collated_global_crops` [G * B, C, H, W] and `collated_local_crops` [L * B, C, h, w],
-                uint8 or uint16, crop-major, on any device. Other entries are passed through.
+                uint8 or uint16, crop-major, on any device; perhaps `collated_gram_teacher_crops`. Other entries are
+                passed through.
             seeds: of the samples, [B] int64; on the CPU, where they come from the loader, nothing waits for the device.
 
         Returns:
@@ -167,6 +181,14 @@ class DataAugmentationDINO:
         num_global = len(crops["collated_global_crops"]) // len(seeds)
         finished["collated_global_crops"] = self._finish(crops["collated_global_crops"], seeds, first_crop=0)
         finished["collated_local_crops"] = self._finish(crops["collated_local_crops"], seeds, first_crop=num_global)
+        if (of_gram := crops.get("collated_gram_teacher_crops")) is not None:
+            finished["collated_gram_teacher_crops"] = self._finish(
+                of_gram,
+                seeds,
+                first_crop=0,
+                is_plain=self.gram_teacher_no_distortions,
+                scale=self.gram_teacher_crops_size / self.global_crops_size,
+            )
         return finished
 
     def __call__(self, image: ImageSource | Image.Image | Tensor, seed: int | None = None) -> dict[str, Any]:
@@ -175,12 +197,13 @@ class DataAugmentationDINO:
         crops = self.crop(image, seed)
         finished = self.finish(self.stack([crops]), torch.tensor([seed]))
         global_crops = list(finished["collated_global_crops"])
+        of_gram = finished.get("collated_gram_teacher_crops")
         return {
             "global_crops": global_crops,
             "global_crops_teacher": global_crops,
             "local_crops": list(finished["collated_local_crops"]),
             "offsets": (),
-        }
+        } | ({} if of_gram is None else {"gram_teacher_crops": list(of_gram)})
 
     def draw(self, seeds: Tensor, crop_numbers: Tensor) -> "PhotometricDraws":
         """Draw what `finish` does to crops.
@@ -206,11 +229,21 @@ class DataAugmentationDINO:
             solarized=solar < torch.tensor(self.solarize_probability)[kind],
         )
 
-    def _finish(self, crops: Tensor, seeds: Tensor, *, first_crop: int) -> Tensor:
-        """Finish crops of one size; `first_crop` numbers the first of them among all crops of an image."""
+    def _finish(
+        self, crops: Tensor, seeds: Tensor, *, first_crop: int, is_plain: bool = False, scale: float = 1.0
+    ) -> Tensor:
+        """Finish crops of one size.
+
+        Args:
+            first_crop: number of the first of them among all crops of an image.
+            is_plain: only normalise.
+            scale: how many times larger they are than crops usually are, whose blur is given in px.
+        """
         num_crops = len(crops) // len(seeds)
         crop_numbers = torch.arange(first_crop, first_crop + num_crops).repeat_interleave(len(seeds))  # [rows]
         draws = self.draw(seeds.repeat(num_crops), crop_numbers)
+        draws = draws.without_any() if is_plain else replace(draws, sigmas=draws.sigmas * scale)
+        blur = partial(photometric.gaussian_blur, reach_px=math.ceil(photometric.BLUR_REACH_PX * scale))
         rows_at_once = max(1, len(crops))
         if crops.device.type == "cpu":
             rows_at_once = max(1, _CPU_CHUNK_VALUES // crops[0].numel()) if len(crops) else 1
@@ -218,10 +251,10 @@ class DataAugmentationDINO:
         for start in range(0, len(crops), rows_at_once):
             rows = slice(start, start + rows_at_once)
             images = finished[rows].copy_(crops[rows]).div_(torch.iinfo(crops.dtype).max)
-            self._change(images, draws.rows(rows))
+            self._change(images, draws.rows(rows), blur=blur)
         return finished
 
-    def _change(self, images: Tensor, draws: "PhotometricDraws") -> None:
+    def _change(self, images: Tensor, draws: "PhotometricDraws", *, blur: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Change rows [n, C, H, W] in place."""
         jitters = _JITTERS if self.in_chans == 3 else _JITTERS[:_NUM_COLOURLESS]
         for turn in range(len(_JITTERS)):
@@ -230,7 +263,7 @@ class DataAugmentationDINO:
                 _apply(images, chosen, jitter, draws.factors[:, number])
         if self.in_chans == 3:
             _apply(images, draws.greyed, lambda x: photometric.to_grey(x).expand_as(x))
-        _apply(images, draws.blurred, photometric.gaussian_blur, draws.sigmas)
+        _apply(images, draws.blurred, blur, draws.sigmas)
         _apply(images, draws.solarized, lambda x: photometric.solarize(x, self.solarize_threshold))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         images.sub_(mean).div_(std)
@@ -247,6 +280,11 @@ class PhotometricDraws:
     blurred: Tensor  # [n] bool
     sigmas: Tensor  # [n], px
     solarized: Tensor  # [n] bool
+
+    def without_any(self) -> "PhotometricDraws":
+        """Draws for as many crops, of which none is changed."""
+        names = ("jittered", "greyed", "blurred", "solarized")
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in names})
 
     def rows(self, chosen: slice) -> "PhotometricDraws":
         """Draws of some of the crops."""

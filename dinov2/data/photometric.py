@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's rounding of ITU-R BT.601
-_BLUR_REACH_PX = 4  # to either side: a kernel of 9 px, as in DINOv2
+BLUR_REACH_PX = 4  # to either side: a kernel of 9 px, as in DINOv2
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -54,15 +54,16 @@ def to_grey(images: Tensor) -> Tensor:
     return torch.einsum("bchw,c->bhw", images, _new(images, _GREY_WEIGHTS))[:, None]
 
 
-def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
-    """Blur with a kernel of 9 px, the border mirrored; sigmas in px, above 0. Images are larger than 4 px.
+def gaussian_blur(images: Tensor, sigmas: Tensor, *, reach_px: int = BLUR_REACH_PX) -> Tensor:
+    """Blur with a kernel that reaches so far to either side, the border mirrored; sigmas in px, above 0.
 
+    Images are larger than the reach.
     Sums of shifted images: as fast as the best grouped convolution here, and a row never depends on the others.
     """
-    steps = torch.arange(_BLUR_REACH_PX + 1, device=images.device, dtype=images.dtype)
-    weights = torch.exp(-0.5 * (steps / sigmas[:, None]) ** 2)  # [B, 5], from the centre outwards
+    steps = torch.arange(reach_px + 1, device=images.device, dtype=images.dtype)
+    weights = torch.exp(-0.5 * (steps / sigmas[:, None]) ** 2)  # [B, reach + 1], from the centre outwards
     weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
-    padded = F.pad(images, (_BLUR_REACH_PX,) * 4, mode="reflect")
+    padded = F.pad(images, (reach_px,) * 4, mode="reflect")
     return _blur_along(_blur_along(padded, 3, weights), 2, weights)
 
 
@@ -73,10 +74,11 @@ def solarize(images: Tensor, threshold: float) -> Tensor:
 
 def _blur_along(padded: Tensor, dim: int, weights: Tensor) -> Tensor:
     """Weighted sum of a padded image's shifts along one dimension, which loses its padding."""
-    length = padded.shape[dim] - 2 * _BLUR_REACH_PX
-    total = padded.narrow(dim, _BLUR_REACH_PX, length) * _per_row(weights[:, 0])
-    for step in range(1, _BLUR_REACH_PX + 1):
-        before, after = (padded.narrow(dim, _BLUR_REACH_PX + shift, length) for shift in (-step, step))
+    reach = weights.shape[1] - 1
+    length = padded.shape[dim] - 2 * reach
+    total = padded.narrow(dim, reach, length) * _per_row(weights[:, 0])
+    for step in range(1, reach + 1):
+        before, after = (padded.narrow(dim, reach + shift, length) for shift in (-step, step))
         total.addcmul_(before + after, _per_row(weights[:, step]))
     return total
 

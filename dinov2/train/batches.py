@@ -50,12 +50,12 @@ class DeviceBatches:
         batch = self._fetch()
         self.waited_s += time.perf_counter() - started
         self._note_skipped(batch.pop("skipped"))
-        seeds = batch.pop("seeds")  # stays on the CPU, where random numbers are drawn
+        seeds = batch.pop("seeds")  # stay on the CPU, where random numbers are drawn
         moved = {
             name: value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
-        return self._augmentation.finish(moved, seeds)
+        return self._augmentation.finish(moved, seeds) | {"seeds": seeds}
 
     def _fetch(self) -> dict[str, Any]:
         """Take the next batch; an image that one rank cannot read ends all ranks, with the same sentence."""

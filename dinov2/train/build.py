@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinov2.configs import Config, batch_size_per_rank, config_digest, to_dict
+from dinov2.configs import Config, batch_size_per_rank, config_digest, stage_configs, to_dict
 from dinov2.data import DataAugmentationDINO, make_data_loader, make_dataset
 from dinov2.distributed import Environment, all_gather_objects
 from dinov2.errors import ConfigError, DatasetError
@@ -197,6 +197,8 @@ def build_augmentation(cfg: Config) -> DataAugmentationDINO:
         crops.local_crops_number,
         crops.global_crops_size,
         crops.local_crops_size,
+        gram_teacher_crops_size=crops.gram_teacher_crops_size if cfg.gram.use_loss else None,
+        gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
         horizontal_flip_probability=augmentation.horizontal_flip_probability,
         vertical_flip_probability=augmentation.vertical_flip_probability,
         color_jitter_probability=augmentation.color_jitter_probability,
@@ -244,7 +246,7 @@ def build_param_groups(cfg: Config, model: SSLMetaArch) -> list[dict]:
 def build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.Optimizer:
     """Build the optimiser over the student's parameter groups; schedules set learning rate and decay at each step."""
     optim = cfg.optim
-    groups = common_groups([build_param_groups(stage, model) for stage in [cfg]])
+    groups = common_groups([build_param_groups(stage, model) for _, stage in stage_configs(cfg)])
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optim.base_lr, momentum=optim.sgd_momentum, foreach=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
