@@ -21,5 +21,9 @@ class CheckpointError(Dinov2Error):
     """Weights or a checkpoint are missing, damaged or do not fit the model."""
 
 
+class OtherParametersError(CheckpointError):
+    """A checkpoint is of a model with other parameters, or of an optimiser that trains others."""
+
+
 class TrainingError(Dinov2Error):
     """A run cannot go on, for example after repeated non-finite losses."""

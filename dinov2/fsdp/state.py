@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dinov2.checkpoint_format import StoredPieces
-from dinov2.errors import CheckpointError
+from dinov2.errors import OtherParametersError
 from dinov2.fsdp.layout import Layout, layout_of, local_part
 from dinov2.fsdp.wrap import reshard
 
@@ -18,13 +18,13 @@ def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> Non
     """Fill this rank's parts in place; names, shapes and types must be those that were saved.
 
     Raises:
-        CheckpointError: they are not; the model is left unchanged.
+        OtherParametersError: they are not; the model is left unchanged.
         DamagedCheckpointError: what was read is not what was written; the model is filled in part.
     """
     own = _model_tensors(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise CheckpointError(
+        raise OtherParametersError(
             f"the checkpoint does not fit the model: {len(missing)} missing (first: {missing[0] if missing else 'none'}"
             f"), {len(unexpected)} unexpected (first: {unexpected[0] if unexpected else 'none'})"
         )
@@ -32,7 +32,9 @@ def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> Non
         saved = f"{state[name].global_shape} {state[name].dtype}"
         needed = f"{tuple(tensor.shape)} {tensor.dtype}"
         if saved != needed:
-            raise CheckpointError(f"the checkpoint does not fit the model: {name} is {saved}, the model needs {needed}")
+            raise OtherParametersError(
+                f"the checkpoint does not fit the model: {name} is {saved}, the model needs {needed}"
+            )
     for name, tensor in own.items():
         _fill(local_part(tensor), state[name], layout=layout_of(tensor))
 
@@ -43,7 +45,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
     The settings of groups are restored, too, where the parameters are grouped as they were; else they stay this run's.
 
     Raises:
-        CheckpointError: the optimiser has other parameters.
+        OtherParametersError: the optimiser has others.
         DamagedCheckpointError: what was read is not what was written.
     """
     running = _named_groups(model, optimizer)
@@ -85,7 +87,7 @@ def _fill(target: Tensor, source: StoredPieces, *, layout: Layout) -> None:
 def _check_parameters(saved: set[str], running: set[str]) -> None:
     for names, who in ((saved - running, "the checkpoint's"), (running - saved, "this run's")):
         if names:
-            raise CheckpointError(
+            raise OtherParametersError(
                 f"the checkpoint's optimiser does not train the same parameters: {min(names)} is {who} alone"
             )
 

@@ -1,7 +1,7 @@
 """Open the rank files of a training run as whole networks, without starting that many processes.
 
 The rows of a tensor are put together, and compared with their checksums, when it is read: one tensor is in memory at
-a time.
+a time. A student's low-rank updates are merged into its weights then.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov2 import checkpoint_format as files
 from dinov2.errors import CheckpointError
+from dinov2.hub.low_rank import merge_low_rank_updates
 from dinov2.hub.networks import split_by_network
 from dinov2.hub.open_file import read_torch, torch_file
 from dinov2.hub.stored_tensor import StoredTensor
@@ -37,6 +38,7 @@ def open_checkpoint(path: Path) -> WeightsFile:
             return foreign
         raise explain_damage(folder, name, error) from error
     state = {key: stored_tensor(stored, pieces) for key, pieces in stored.model.items()}
+    state = merge_low_rank_updates(state, config=stored.config, where=str(path))
     states, other_parts = split_by_network(state)
     world_size = stored.manifest.world_size
     num_ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dinov2.errors import CheckpointError
 from dinov2.hub.architecture import Architecture, describe_architecture
 from dinov2.hub.formats import Converted, another_network, to_official
+from dinov2.hub.low_rank import refuse_unmerged_updates
 from dinov2.hub.mismatch import explain_head_mismatch, explain_mismatch
 from dinov2.hub.open_weights import open_weights
 from dinov2.hub.report import LoadReport
@@ -106,8 +107,15 @@ def choose_network(file: WeightsFile, checkpoint_key: str | None) -> str:
     None asks for the teacher, and takes the student where there is nothing else.
 
     Raises:
-        CheckpointError: there is no network, or only another than the one asked for.
+        CheckpointError: there is no network, or only another than the one asked for, or its weights have low-rank
+            updates beside them.
     """
+    key = _find_network(file, checkpoint_key)
+    refuse_unmerged_updates(file.states[key], path=file.path)
+    return key
+
+
+def _find_network(file: WeightsFile, checkpoint_key: str | None) -> str:
     states = file.states
     if not states:
         keys = f" ({', '.join(file.extra_keys)})" if file.extra_keys else ""

@@ -10,7 +10,7 @@ from dinov2.checkpoint_format import StoredCheckpoint, is_checkpoint_path
 from dinov2.configs import Config
 from dinov2.configs.student_section import StudentConfig
 from dinov2.distributed import on_main_first
-from dinov2.errors import CheckpointError
+from dinov2.errors import CheckpointError, OtherParametersError
 from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.hub.stored_tensor import State
@@ -42,6 +42,16 @@ def resume(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Star
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit.
     """
+    try:
+        return _fill(cfg, saver, model)
+    except OtherParametersError as error:
+        raise CheckpointError(
+            f"{error}; a run goes on with the settings of student, heads, lora and optim.freeze that it was saved "
+            f"with; to start another from its weights, name the checkpoint by student.pretrained_weights"
+        ) from error
+
+
+def _fill(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start:
     checkpointer = saver.checkpointer
     if cfg.train.resume and checkpointer.has_checkpoint():
         start = _start_after(checkpointer.resume_or_load(""), checkpointer.loaded)
