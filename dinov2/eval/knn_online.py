@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2.configs import Config
 from dinov2.distributed import all_gather_varlen
@@ -17,8 +17,12 @@ from dinov2.eval.groups import Groups, match_groups
 from dinov2.eval.knn_evaluation import KnnResult, result_of
 from dinov2.eval.knn_scores import scores_at, usable_ks
 from dinov2.eval.labels import Classes, LabelledSet, match_classes
+from dinov2.eval.neighbours import num_better_classes
+from dinov2.eval.predictions import Measurements
 
 logger = logging.getLogger(__name__)
+
+SCORE_NAME = "knn_top1_pct"  # at the first k: the score by which evaluations of a run are compared
 
 
 class OnlineKnn:
@@ -93,8 +97,11 @@ class OnlineKnn:
         )
         return train, val
 
-    def score(self, train: Features, val: Features) -> KnnResult:
+    def score(self, train: Features, val: Features) -> tuple[KnnResult, Measurements]:
         """Score extracted features; called by all ranks, equal results on all.
+
+        Returns:
+            The scores; and for each labelled validation image whether it is right at the first k.
 
         Raises:
             DatasetError: labels are missing or do not fit each other.
@@ -103,8 +110,22 @@ class OnlineKnn:
         train_labels, val_labels = _gather_labels(self.train, train), _gather_labels(self.val, val)
         classes, groups = self._match(train_labels, val_labels)
         ks = usable_ks(self.nb_knn, num_train=train_labels.count(), name=self.train.name)
-        scores, _ = scores_at(train, val, ks=ks, classes=classes, groups=groups, **self._scoring)
-        return result_of(train, val, scores=scores, classes=classes, groups=groups)
+        scores, votes = scores_at(train, val, ks=ks, classes=classes, groups=groups, votes_at=ks[0], **self._scoring)
+        result = result_of(train, val, scores=scores, classes=classes, groups=groups)
+        return result, self._right_images(val, votes, classes=classes)
+
+    def _right_images(self, val: Features, votes: Tensor, *, classes: Classes) -> Measurements:
+        """Say of the labelled images of all ranks whether their class has most votes, in the dataset's order."""
+        places = val.indices[val.targets >= 0]
+        targets = torch.from_numpy(classes.val)[places]
+        is_right = (num_better_classes(votes, targets) < 1) & (targets >= 0)
+        places, is_right = all_gather_varlen(places), all_gather_varlen(is_right.double())
+        order = places.argsort()
+        rows = places[order].numpy()
+        groups = None if self._val_groups is None else self._val_groups[rows]
+        return Measurements(
+            name=self.val.name, values={SCORE_NAME: is_right[order].numpy()}, places=rows, groups=groups
+        )
 
     def _match(self, train: LabelledSet, val: LabelledSet) -> tuple[Classes, Groups]:
         """Bring the labels to one numbering; what the user should know of them is logged the first time."""

@@ -14,8 +14,11 @@ from dinov2.distributed import Environment, on_main_first
 from dinov2.errors import CheckpointError
 from dinov2.eval.build import NamedDataset, build_eval_transform
 from dinov2.eval.health_online import OnlineHealth, Preprocessed, SampleFeatures
-from dinov2.eval.knn_online import OnlineKnn
+from dinov2.eval.knn_online import SCORE_NAME, OnlineKnn
+from dinov2.eval.predictions import Measurements
+from dinov2.eval.start_comparison import GainOverStart, gain_over_start, read_measurements, write_measurements
 from dinov2.fsdp import full_state_dict
+from dinov2.train.best_teacher import START, BestRule, BestTeacher
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -24,13 +27,15 @@ KNN_NAME = "results_eval_knn.json"
 HEALTH_NAME = "results_eval_health.json"
 FEATURES_NAME = "health_features.safetensors"  # of the start, which later ones are compared with
 TEACHER_NAME = "teacher_checkpoint.pth"
-START = "start"
+MANUAL = "manual_"  # begins the names of evaluations that are asked for by --eval-only
+RIGHT_NAME = "knn_right_images.safetensors"  # of the start, which later ones are compared with
 
 
 class TeacherEvaluation:
     """Evaluate the teacher into `<output_dir>/eval/<name>/`.
 
-    Label-free measures look at images of the k-NN training set; without k-NN, of the training set itself.
+    Label-free measures look at images of the k-NN training set; without k-NN, of the training set itself. k-NN is
+    compared with that of the start image by image, and the best teacher so far is kept: see `best`.
 
     Args:
         cfg: its datasets are opened here, so that a wrong path fails before training starts.
@@ -46,6 +51,7 @@ class TeacherEvaluation:
         preprocessed = NamedDataset(str(cfg.train.dataset_path), Preprocessed(dataset, build_eval_transform(cfg)))
         images = preprocessed if self.knn is None else self.knn.train
         self.health = OnlineHealth.from_config(cfg, images, device=env.device)
+        self.best = BestTeacher(output_dir, BestRule.from_config(cfg))
         self.last_scores: dict[str, float] = {}
 
     def __call__(self, model: SSLMetaArch, name: str) -> dict[str, float]:
@@ -55,14 +61,18 @@ class TeacherEvaluation:
         backbone = model.teacher["backbone"]
         files: dict[str, bytes] = {}
         scores: dict[str, float] = {}
-        known = None
+        known, gain = None, None
+        is_start = name == START
         if self.knn is not None:
             known, val = self.knn.extract(backbone)
-            accuracies = self.knn.score(known, val).named_scores()
+            result, right = self.knn.score(known, val)
+            accuracies = result.named_scores()
             scores |= {key: score for key, score in accuracies.items() if key.endswith("_top1_pct")}
-            files[KNN_NAME] = _as_json(scores)
+            gain = None if is_start else on_main_first(self._gain_over_start, right)
+            files[KNN_NAME] = _as_json(scores | ({} if gain is None else {"over_start": gain.as_plain()}))
+            if is_start:
+                files[RIGHT_NAME] = write_measurements(right)
         if self.health is not None:
-            is_start = name == START
             start = None if is_start else on_main_first(SampleFeatures.read, self._folder(START) / FEATURES_NAME)
             measures, features = self.health(backbone, known=known, start=start)
             scores |= measures
@@ -72,6 +82,9 @@ class TeacherEvaluation:
         on_main_first(_write, folder, {"teacher": weights}, files)
         shown = "".join(f" {key}={value:.2f}" for key, value in scores.items())
         logger.info("evaluation=%s teacher=%s%s", name, folder / TEACHER_NAME, shown)
+        if gain is not None:
+            logger.info("evaluation=%s: %s", name, gain.sentence())
+        on_main_first(self._note_best, name, scores, gain)
         self.last_scores = scores
         return scores
 
@@ -80,14 +93,29 @@ class TeacherEvaluation:
         if not on_main_first(self._is_done, name):
             return self(model, name)
         self.last_scores = on_main_first(self.scores_of, name)
+        on_main_first(self._note_best, name, self.last_scores, None)
         return self.last_scores
 
     def scores_of(self, name: str) -> dict[str, float]:
         """Read the scores of an earlier evaluation of this run; empty where there are none. For rank 0."""
         paths = [self._folder(name) / file for file in (KNN_NAME, HEALTH_NAME)]
         return {
-            key: score for path in paths if _is_written(path) for key, score in json.loads(path.read_text()).items()
+            key: score
+            for path in paths
+            if _is_written(path)
+            for key, score in json.loads(path.read_text()).items()
+            if isinstance(score, float)
         }
+
+    def _gain_over_start(self, right: Measurements) -> GainOverStart | None:
+        """Compare k-NN with that of the start, image by image; for rank 0."""
+        start = read_measurements(self._folder(START) / RIGHT_NAME)
+        return gain_over_start(right, start, score=SCORE_NAME)
+
+    def _note_best(self, name: str, scores: Mapping[str, float], gain: GainOverStart | None) -> None:
+        """Let the teacher of an evaluation, but for one that was asked for by hand, be the best one; for rank 0."""
+        if not name.startswith(MANUAL):
+            self.best.note(name, scores, weights=self._folder(name) / TEACHER_NAME, gain=gain)
 
     def _is_done(self, name: str) -> bool:
         wanted = {TEACHER_NAME: True, KNN_NAME: self.knn is not None, HEALTH_NAME: self.health is not None}

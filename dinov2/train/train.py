@@ -34,7 +34,7 @@ from dinov2.train.build import (
     require_equal_sizes,
     seed_global_generators,
 )
-from dinov2.train.evaluation import START, TeacherEvaluation
+from dinov2.train.evaluation import MANUAL, START, TeacherEvaluation
 from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.resume import require_something_to_evaluate, resume
@@ -125,7 +125,7 @@ def do_train(
 
     if eval_only:
         require_something_to_evaluate(cfg, start)
-        evaluate(model, f"manual_{max(start.step - 1, 0)}")
+        evaluate(model, f"{MANUAL}{max(start.step - 1, 0)}")
         return 0
     report_changes(cfg, stages.at(start.step - 1).plan, start.saved, world_size=env.world_size)
     on_main_first(lambda: begin_run(cfg, stages, output_dir, overwrite=overwrite))

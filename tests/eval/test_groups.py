@@ -104,7 +104,7 @@ def evaluate(train, val, *, nb_knn=KS, batch_size=32):
         temperature=TEMPERATURE,
         extraction=ExtractionSettings(device=CPU, batch_size=batch_size, num_workers=0, on_bad_image="skip"),
     )
-    return knn.score(*knn.extract(nn.Flatten()))
+    return knn.score(*knn.extract(nn.Flatten()))[0]
 
 
 def evaluate_few(train, val, *, nb_knn=KS, n_per_class_list=(-1,), n_tries=1, batch_size=32):

@@ -62,7 +62,7 @@ class Backbone(nn.Module):
 
 class Evaluation(OnlineKnn):
     def __call__(self, backbone):
-        return self.score(*self.extract(backbone))
+        return self.score(*self.extract(backbone))[0]
 
 
 def evaluation(train=None, val=None, *, nb_knn=(5, 1, 20), **settings):

@@ -59,7 +59,10 @@ def test_beside_k_nn_the_images_are_those_that_vote(tmp_path):
     found = health_of(tmp_path, "training_0")
     row = metrics_of(tmp_path)[0]
     assert {name: row[name] for name in found} == pytest.approx(found) and row["knn_top1_pct"] > 0
-    knn = json.loads((tmp_path / "eval/training_0/results_eval_knn.json").read_text())
+    start, knn = (
+        json.loads((tmp_path / f"eval/{name}/results_eval_knn.json").read_text()) for name in ("start", "training_0")
+    )
+    assert knn.pop("over_start")["difference_points"] == pytest.approx(row["knn_top1_pct"] - start["knn_top1_pct"])
     assert all(name.startswith("knn") and name.endswith("_top1_pct") for name in knn)
     images = KNN[0].partition("=")[2]
     weights = f"student.pretrained_weights={tmp_path}/eval/start/teacher_checkpoint.pth"
