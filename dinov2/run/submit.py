@@ -1,29 +1,43 @@
 """The launcher of all programs: run one as a job, on a Slurm cluster or on this machine, through submitit.
 
-    python run/eval/knn.py --nodes 1 --ngpus 4 --timeout 60 --partition P --output-dir 'runs/%j' --config-file F ...
+    python run/train/train.py --nodes 2 --ngpus 4 --partition P --output-dir 'runs/%j' --config-file F ... [key=value]
+    python run/eval/knn.py --ngpus 4 --timeout 60 --output-dir 'runs/%j' --config-file F ...
     python run/submit.py --ngpus 2 my_program.py --its-own options
 
-Each file in run/eval/ names its program; run/submit.py takes any. What the launcher does not know it passes on.
+run/train/train.py and each file in run/eval/ name their program; run/submit.py takes any. What the launcher does not
+know it passes on. A job that is preempted or comes to its time limit saves, is requeued under its number, and goes on.
 """
 
+import contextlib
 import os
 import shlex
-import socket
-import sys
-import time
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import submitit
+import torch
 
 from dinov2.errors import ConfigError
 from dinov2.logging import run_program
+from dinov2.run.submit_attempts import Record
+from dinov2.run.submit_follow import Follower, follow
 from dinov2.run.submit_job import ProgramJob
-from dinov2.run.submit_options import JobOptions, check_options, get_args_parser
+from dinov2.run.submit_local import LocalRanks
+from dinov2.run.submit_options import JobOptions, check_options, check_training, get_args_parser, is_training
+from dinov2.run.submit_script import PYTHON, describe_script, generic_parameters, slurm_parameters
+from dinov2.run.submit_snapshot import program_in, take_snapshot, with_own_config
+from dinov2.run.submit_sweep import SweepRun, read_sweep
 
-_POLL_S = 0.5
-_LAST_LINES = 15
+
+@dataclass(frozen=True, kw_only=True)
+class NamedJob:
+    """A job, and what it is called in a sweep; empty for the only one."""
+
+    name: str
+    job: ProgramJob
 
 
 def main(argv: Sequence[str] | None = None, *, program: Path | None = None) -> int:
@@ -48,36 +62,100 @@ def _run(argv: Sequence[str] | None, *, program: Path | None) -> int:
     if not program.is_file():
         raise ConfigError(f"{program}: there is no such program")
     options = check_options(args, program=program, passed_on=passed_on)
-    is_local = options.cluster == "local"
-    job = ProgramJob(
-        program=program.resolve(),
-        arguments=tuple(passed_on),
-        output_dir=args.output_dir,
-        folder=Path.cwd(),
-        port=_free_port() if is_local else None,
-        gpus=os.environ.get("CUDA_VISIBLE_DEVICES") if is_local else None,
-    )
+    runs = read_sweep(args.sweep, given=passed_on)
+    jobs, options = plan_jobs(options, program=program, passed_on=passed_on, runs=runs, output_dir=args.output_dir)
     if options.is_dry_run:
-        print(describe(job, options))
+        print(describe(jobs, options))
         return 0
+    if options.takes_snapshot:
+        jobs = with_snapshot(jobs, options)
     if options.cluster == "debug":
-        return job.run("debug", os.environ)
-    submitted = submit(job, options)
-    print(f"job {submitted.job_id}: {_size(options)}, log: {submitted.paths.stdout}", flush=True)
-    return wait_for(submitted) if is_local or options.follows else 0
+        codes = [named.job.run("debug", os.environ) for named in jobs]
+        return next((code for code in codes if code), 0)
+    if options.cluster == "local":
+        return run_here(jobs, options)
+    submitted = submit(jobs, options)
+    followers = []
+    for named, job in zip(jobs, submitted, strict=True):
+        _say(named, job, options)
+        followers.append(Follower(job, name=named.name))
+    if not options.follows:
+        return 0
+    return follow([lambda place: followers[place]] * len(followers), num_at_once=len(followers))
 
 
-def submit(job: ProgramJob, options: JobOptions) -> submitit.Job[int]:
-    """Hand a job over to Slurm, or start it in the background of this machine.
+def plan_jobs(
+    options: JobOptions, *, program: Path, passed_on: Sequence[str], runs: Sequence[SweepRun], output_dir: str | None
+) -> tuple[list[NamedJob], JobOptions]:
+    """Say which jobs there will be, one for each run of a sweep, and where.
+
+    Args:
+        options: of all of them.
+        program: that they run.
+        passed_on: its own arguments.
+        runs: of the sweep; one without overrides where there is none.
+        output_dir: as given; None: the program decides.
+
+    Returns:
+        The jobs, and the options with the output folder as the program will know it.
+
+    Raises:
+        ConfigError: the settings of a training are wrong.
+    """
+    run_dir = None
+    if is_training(program):
+        for run in runs:
+            cfg = check_training([*passed_on, *run.overrides], num_ranks=options.nodes * options.tasks_per_node)
+        run_dir = output_dir or cfg.train.output_dir
+        output_dir = run_dir if "%j" in run_dir else output_dir
+        options = replace(options, output_dir=run_dir)
+    jobs = []
+    for run in runs:
+        told = str(Path(options.output_dir) / run.name) if run.name else output_dir
+        job = ProgramJob(
+            program=program.resolve(),
+            arguments=(*passed_on, *run.overrides),
+            output_dir=told,
+            folder=Path.cwd(),
+            limits=options.limits,
+            timeout_s=options.timeout_min * 60,
+            signal_delay_s=options.signal_delay_s,
+            run_dir=None if run_dir is None else told or run_dir,
+            local=_local_ranks(options),
+        )
+        jobs.append(NamedJob(name=run.name, job=job))
+    return jobs, options
+
+
+def with_snapshot(jobs: Sequence[NamedJob], options: JobOptions) -> list[NamedJob]:
+    """Copy the code and the config file, and return jobs that run the copies."""
+    code = take_snapshot(options.log_dir)
+    print(f"the code is copied to {code}", flush=True)
+    changed = []
+    for named in jobs:
+        arguments = tuple(with_own_config(named.job.arguments, snapshot=code))
+        job = replace(named.job, program=program_in(code, named.job.program), arguments=arguments, code=code)
+        changed.append(replace(named, job=job))
+    return changed
+
+
+def submit(jobs: Sequence[NamedJob], options: JobOptions) -> list[submitit.Job[int]]:
+    """Hand jobs over to Slurm, several of them as one array; or start them in the background of this machine.
 
     Raises:
         ConfigError: the folder of the logs cannot be written, or Slurm refuses the job.
     """
     try:
-        executor = submitit.AutoExecutor(folder=options.log_dir, cluster=options.cluster)
-        slurm = {f"slurm_{name}": value for name, value in _slurm_parameters(options).items()}
-        executor.update_parameters(**_parameters(options), **slurm)
-        return executor.submit(job)
+        executor = submitit.AutoExecutor(
+            folder=options.log_dir, cluster=options.cluster, slurm_python=PYTHON, local_python=PYTHON
+        )
+        code = jobs[0].job.code
+        slurm = {f"slurm_{name}": value for name, value in slurm_parameters(options, code=code).items()}
+        executor.update_parameters(**generic_parameters(options), **slurm)
+        submitted = executor.submit_array([named.job for named in jobs])
+        for job in submitted:
+            Record.forget(job.paths.folder, job.job_id)
+        return submitted
     except OSError as error:
         raise ConfigError(f"--output-dir {options.output_dir}: cannot be written ({error.strerror})") from error
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -85,66 +163,30 @@ def submit(job: ProgramJob, options: JobOptions) -> submitit.Job[int]:
         raise ConfigError(f"Slurm refuses the job: {reason}") from error
 
 
-def wait_for(job: submitit.Job[int]) -> int:
-    """Show the log of the first task while a job runs; returns the job's exit code, 1 if it was ended from outside."""
-    log = _Log(job.paths.stdout)
-    while not job.done():
-        log.show_new()
-        time.sleep(_POLL_S)
-    log.show_new()
-    parts = [job.task(rank) for rank in range(job.num_tasks)]
-    codes = [_exit_code(part) for part in parts]
-    failed = [rank for rank, code in enumerate(codes) if code != 0]
-    if not failed:
-        print(f"job {job.job_id}: done")
-        return 0
-    rank = failed[0]
-    how = "was ended before its program was" if codes[rank] is None else f"ended with exit code {codes[rank]}"
-    print(f"error: job {job.job_id}: process {rank} {how}; log: {parts[rank].paths.stdout}", file=sys.stderr)
-    if rank:
-        print(_last_lines(parts[rank].paths.stdout), file=sys.stderr)
-    return codes[rank] or 1
+def run_here(jobs: Sequence[NamedJob], options: JobOptions) -> int:
+    """Run jobs on this machine, as many at a time as the options say, and wait for them; returns the exit code."""
+    num_at_once = options.num_at_once or 1
+    gpus = _gpus_of_places(options, num_places=num_at_once)
+
+    def start(place: int, *, named: NamedJob) -> Follower:
+        local = replace(named.job.local, gpus=gpus[place])
+        with _ignoring_interrupts():
+            (job,) = submit([replace(named, job=replace(named.job, local=local))], options)
+        _say(named, job, options)
+        return Follower(job, name=named.name if num_at_once > 1 else "")
+
+    return follow([partial(start, named=named) for named in jobs], num_at_once=num_at_once)
 
 
-def describe(job: ProgramJob, options: JobOptions) -> str:
-    """Say what would be submitted: the script for sbatch, or the command on this machine."""
-    command = shlex.join(job.command("%j"))
-    if options.cluster != "slurm":
-        return f"{_size(options)}, in {job.folder}:\n{command}"
-    executor = _ScriptWriter(options.log_dir)
-    return f"{executor.script(_parameters(options), _slurm_parameters(options))}\n# each task runs\n# {command}"
-
-
-class _ScriptWriter(submitit.SlurmExecutor):
-    """Slurm's executor on a machine that may have no Slurm: it writes the script and submits nothing."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 1
-
-    def script(self, generic: dict[str, Any], slurm: dict[str, Any]) -> str:
-        """Return the script for sbatch."""
-        self.update_parameters(**self._convert_parameters(generic), **slurm)
-        return self._make_submission_file_text(self._submitit_command_str, uid="")
-
-
-class _Log:
-    """A log file that is being written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._shown = 0  # bytes
-
-    def show_new(self) -> None:
-        """Print what has been added."""
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._shown)
-            added = file.read()
-        self._shown += len(added)
-        sys.stdout.write(added.decode(errors="replace"))
-        sys.stdout.flush()
+def describe(jobs: Sequence[NamedJob], options: JobOptions) -> str:
+    """Say what would be submitted: the script for sbatch, or the commands on this machine."""
+    commands = [shlex.join(named.job.command("%j")) for named in jobs]
+    notes = [f"the code would be copied into {options.log_dir}, and run there"] if options.takes_snapshot else []
+    if options.cluster == "slurm":
+        script = describe_script(options, num_jobs=len(jobs))
+        each = ["each task runs"] if len(jobs) == 1 else ["each task of the jobs runs, one line a job"]
+        return "\n".join([script, *(f"# {line}" for line in [*notes, *each, *commands])])
+    return "\n".join([f"{_size(options)}, in {jobs[0].job.folder}:", *commands, *notes])
 
 
 def _take_program(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -154,50 +196,42 @@ def _take_program(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     return Path(arguments[0]).expanduser(), list(arguments[1:])
 
 
-def _parameters(options: JobOptions) -> dict[str, Any]:
-    """Return what submitit knows under one name for all clusters."""
-    parameters = {
-        "name": options.name,
-        "timeout_min": options.timeout_min,
-        "nodes": options.nodes,
-        "tasks_per_node": options.tasks_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "mem_gb": options.mem_gb,
-        "stderr_to_stdout": True,
-    }
-    if options.needs_gpus and options.cluster == "slurm":
-        parameters["gpus_per_node"] = options.tasks_per_node
-    return {name: value for name, value in parameters.items() if value is not None}
+def _local_ranks(options: JobOptions) -> LocalRanks | None:
+    if options.cluster == "slurm":
+        return None
+    return LocalRanks(num_ranks=options.tasks_per_node, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _slurm_parameters(options: JobOptions) -> dict[str, Any]:
-    if options.cluster != "slurm":
-        return {}
-    ends_together = {"srun_args": ["--kill-on-bad-exit=1"]}  # the others would wait for the one that has failed
-    extra = {"additional_parameters": options.slurm_extra} if options.slurm_extra else {}
-    return options.slurm | ends_together | extra
+def _gpus_of_places(options: JobOptions, *, num_places: int) -> list[str | None]:
+    """Divide the GPUs of this machine among jobs that run at the same time."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if num_places == 1 or not options.needs_gpus or not torch.cuda.is_available():
+        return [visible] * num_places
+    size = options.tasks_per_node
+    gpus = [str(index) for index in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    if len(gpus) < num_places * size:
+        raise ConfigError(
+            f"--array {num_places} --ngpus {size}: {num_places * size} GPUs would be in use at the same time and this "
+            f"machine has {len(gpus)}; give a smaller --array"
+        )
+    return [",".join(gpus[place * size : (place + 1) * size]) for place in range(num_places)]
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Let processes that are started ignore Ctrl-C: the launcher passes it on, so that they end in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(named: NamedJob, job: submitit.Job[int], options: JobOptions) -> None:
+    name = f"{named.name}, " if named.name else ""
+    print(f"job {job.job_id}: {name}{_size(options)}, log: {job.paths.stdout}", flush=True)
 
 
 def _size(options: JobOptions) -> str:
     where = "on this machine" if options.cluster != "slurm" else f"on {options.nodes} node(s) of Slurm"
     return f"{options.tasks_per_node} process(es) {where}, at most {options.timeout_min} min"
-
-
-def _exit_code(task: submitit.Job[int]) -> int | None:
-    """Return the exit code of one task; None if it was ended from outside."""
-    try:
-        return task.result()
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
-        return None
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return "\n".join(lines[-_LAST_LINES:])
-
-
-def _free_port() -> int:
-    """Find a port for processes of this machine to meet at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,23 +1,44 @@
-"""What runs inside a job, once for each task: the program, as a process of its own, told its place among the others.
+"""What runs inside a job: the program, once for each task, told its place among the others.
 
-A process of its own, because a program sets its own signal handlers and ends in its own way; what submitit started
-only waits for it. Under Slurm the program reads the variables of the job step itself; on this machine it is told as
-torchrun would tell it (see `dinov2.distributed.launch_environment`).
+Under Slurm each task of the job is one `ProgramJob` that runs the program as one rank; the program reads the variables
+of the job step itself, and `submit_after` decides in the job's script what follows. On this machine one `ProgramJob`
+runs all ranks, see `submit_local`.
 """
 
 import atexit
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import submitit
 
-_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_GPUS = "CUDA_VISIBLE_DEVICES"
-_END_S = 20  # for a program that is told to end
+from dinov2.run.submit_attempts import Limits
+from dinov2.run.submit_local import LocalRanks
+from dinov2.run.submit_process import Processes, without_launcher
+
+RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued a job
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnd:
+    """How the program ended on one rank of a Slurm job; `submit_after` reads it."""
+
+    rank: int
+    host: str
+    code: int  # 128 + the signal that ended it
+    stopped_by: str | None  # signal that told it to stop
+    ended: float  # seconds since 1970
+    restarts: str  # of the job by Slurm, so that what an earlier one left is not taken for this one's
+
+    @staticmethod
+    def path(folder: Path, job_id: str, rank: int | str) -> Path:
+        """Return the file of one rank."""
+        return folder / f"{job_id}_{rank}_ended.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,56 +47,70 @@ class ProgramJob:
 
     program: Path
     arguments: tuple[str, ...]  # as the user gave them, without --output-dir
-    output_dir: str | None  # may hold %j; None: the program is not told
+    output_dir: str | None  # of --output-dir, may hold %j; None: the program is not told
     folder: Path  # where the program is started
-    port: int | None = None  # where the processes of one machine meet; None: Slurm says it
-    gpus: str | None = None  # CUDA_VISIBLE_DEVICES of the launcher, for a job on this machine
+    limits: Limits
+    timeout_s: float  # of the job
+    signal_delay_s: float  # that the program is told to stop ahead of it
+    run_dir: str | None = None  # where it writes, if it is known and a training; may hold %j
+    code: Path | None = None  # copy of the library to run
+    local: LocalRanks | None = None  # None: a Slurm job
 
     def command(self, job_id: str) -> list[str]:
-        """Return the command of each task."""
-        told = [] if self.output_dir is None else ["--output-dir", self.output_dir.replace("%j", job_id)]
+        """Return the command of each rank."""
+        told = [] if self.output_dir is None else ["--output-dir", _numbered(self.output_dir, job_id)]
         return [sys.executable, str(self.program), *told, *self.arguments]
 
+    def run_folder(self, job_id: str) -> Path | None:
+        """Return the folder in which a training says how far it has come."""
+        return None if self.run_dir is None else self.folder / _numbered(self.run_dir, job_id)
+
     def run(self, job_id: str, variables: Mapping[str, str]) -> int:
-        """Run the program with these variables and return its exit code; 128 + the signal that ended it."""
-        process = subprocess.Popen(self.command(job_id), cwd=self.folder, env=dict(variables))
-        try:
-            code = process.wait()
-        except BaseException:  # the job is ended, by submitit or by hand
-            process.terminate()
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
-        return code if code >= 0 else 128 - code
+        """Run the program as one process with these variables, and return its exit code."""
+        with Processes() as processes:
+            return processes.wait(self._start(processes, job_id, variables))
 
     def __call__(self) -> int:
-        """Run the program as one task of a job; submitit keeps the exit code, and this process ends with it too."""
+        """Run the program as one task of a Slurm job, or as all of a job on this machine."""
         job = submitit.JobEnvironment()
-        code = self.run(job.job_id, self.variables(job))
+        if self.local is not None:
+            code = self.local.run(self, folder=job.paths.folder, job_id=job.job_id)
+        else:
+            code = self._run_rank(job)
         if code:
             atexit.register(_end_with, code)  # later than submitit writes down the code, and seen by Slurm
         return code
 
-    def variables(self, job: submitit.JobEnvironment) -> dict[str, str]:
-        """Return the environment of one task."""
-        variables = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    def variables(self) -> dict[str, str]:
+        """Return the environment of the program, but for its place among the ranks."""
+        variables = without_launcher()
         variables["PYTHONUNBUFFERED"] = "1"  # log lines and results in the order in which they were written
-        if self.port is None:
-            return variables
-        variables.pop(_GPUS, None)  # submitit gives a local job those from 0 on, or none
-        if self.gpus is not None:
-            variables[_GPUS] = self.gpus
-        place = {
-            "RANK": job.global_rank,
-            "WORLD_SIZE": job.num_tasks,
-            "LOCAL_RANK": job.local_rank,
-            "LOCAL_WORLD_SIZE": job.num_tasks // job.num_nodes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self.port,
-        }
-        return variables | {name: str(value) for name, value in place.items()}
+        if self.code is not None:
+            paths = [str(self.code), *filter(None, [variables.get("PYTHONPATH")])]
+            variables["PYTHONPATH"] = os.pathsep.join(paths)
+        return variables
+
+    def _run_rank(self, job: submitit.JobEnvironment) -> int:
+        with Processes() as processes:
+            code = processes.wait(self._start(processes, job.job_id, self.variables()))
+            end = RankEnd(
+                rank=job.global_rank,
+                host=job.hostname,
+                code=code,
+                stopped_by=processes.stopped_by,
+                ended=time.time(),
+                restarts=os.environ.get(RESTARTS, "0"),
+            )
+            path = RankEnd.path(job.paths.folder, job.job_id, job.global_rank)
+            path.write_text(json.dumps(asdict(end)), encoding="utf-8")
+            return code
+
+    def _start(self, processes: Processes, job_id: str, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return processes.start(self.command(job_id), folder=self.folder, variables=variables)
+
+
+def _numbered(path: str, job_id: str) -> str:
+    return path.replace("%j", job_id)
 
 
 def _end_with(code: int) -> None:

@@ -1,0 +1,85 @@
+"""A program as a process of its own, to which the signals of its job are passed on.
+
+A process of its own, because a program sets its own signal handlers and ends in its own way.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Self
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Processes:
+    """Processes of one program; while this is entered, a signal to this process is passed on to them.
+
+    SIGINT becomes SIGTERM: of a terminal they may have had one of their own, and the second ends them at once.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: str | None = None  # the first signal
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in _PASSED_ON}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        for process in self._running:  # after an error of ours
+            process.kill()
+
+    def start(
+        self, command: Sequence[str], *, folder: Path, variables: Mapping[str, str], output: IO[bytes] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start one of them; `output`: for all it prints, None: where this process prints."""
+        error = None if output is None else subprocess.STDOUT
+        process = subprocess.Popen(command, cwd=folder, env=dict(variables), stdout=output, stderr=error)
+        self._running.append(process)
+        if self.stopped_by is not None:  # it came while the process was being started
+            process.send_signal(signal.Signals[self.stopped_by])
+        return process
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the end of one; returns its exit code, 128 + the signal that ended it."""
+        process.wait()
+        return self.ended(process)
+
+    def ended(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Return the exit code of one, 128 + the signal that ended it; None: it runs."""
+        code = process.poll()
+        if code is None:
+            return None
+        if process in self._running:
+            self._running.remove(process)
+        return code if code >= 0 else 128 - code
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send all that run a signal, as if this process had received it."""
+        if self.stopped_by is None:
+            self.stopped_by = number.name
+        self.send(number)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send all that run a signal."""
+        for process in self._running:
+            process.send_signal(number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stop(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
+
+
+def without_launcher(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment without what a launcher around this one has set."""
+    of_a_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in variables.items() if name not in of_a_launcher}
