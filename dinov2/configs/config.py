@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from dinov2.configs.adaptation_sections import START_WEIGHTS, AnchorConfig, GramConfig, LoraConfig
+from dinov2.configs.adaptation_sections import START_WEIGHTS, AnchorConfig, GramConfig, GuardRailsConfig, LoraConfig
 from dinov2.configs.data_sections import AugmentationConfig, CropsConfig, DataConfig
 from dinov2.configs.default_layers import Family
 from dinov2.configs.evaluation_sections import EvaluationConfig
@@ -23,6 +23,7 @@ from dinov2.configs.run_sections import (
 )
 from dinov2.configs.schedule_sections import SchedulesConfig
 from dinov2.configs.section import nearest_multiples, show_value
+from dinov2.configs.stage_section import StageConfig
 from dinov2.configs.student_section import StudentConfig
 from dinov2.errors import ConfigError
 
@@ -40,6 +41,7 @@ class Config:
     gram: GramConfig = field(default_factory=GramConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    guard_rails: GuardRailsConfig = field(default_factory=GuardRailsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -51,6 +53,12 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    # parts of the run, one after the other, each a mapping of name, epochs and what is not as outside of stages, of the
+    # sections optim, teacher, schedules, crops and augmentation, the losses' weights, masks, batch sizes, lengths of an
+    # epoch and evaluation.eval_period_iterations: [{name: heads, epochs: 2, optim: {base_lr: 1e-3}}, {name: adapt}];
+    # on the command line also stages.heads.epochs=3. Schedules, and all that counts in epochs, begin anew with each
+    # stage; steps are counted through. Networks, optimiser, evaluations and folder are one; []: one stage
+    stages: tuple[StageConfig, ...] = ()
     # What loading has to say about the parents' keys, one sentence each; a program logs them once logging is set up.
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     # Settings of the parents that training cannot honour, one sentence each; see `require_trainable`.

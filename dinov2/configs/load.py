@@ -1,6 +1,5 @@
 """Read a YAML file and `key=value` arguments, lay them over the defaults, and build the checked tree."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.config import Config
 from dinov2.configs.default_layers import LAYERS
-from dinov2.configs.parent_keys import PARENT_KEYS, parent_sections
+from dinov2.configs.known_keys import flatten
+from dinov2.configs.parent_keys import PARENT_KEYS
 from dinov2.configs.section import show_value
+from dinov2.configs.stages import OF_A_STAGE, read_stages, with_overrides
 from dinov2.configs.translate import Given, translate
-from dinov2.configs.tree import REQUIRED, build, leaves, nest, optional_sections, section_names
+from dinov2.configs.tree import REQUIRED, build, leaves, nest, optional_sections
 from dinov2.configs.values import convert, is_text
 from dinov2.errors import ConfigError
 
@@ -39,24 +40,38 @@ def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Confi
     Args:
         config_file: path of a YAML file, ours or a parent's; None: defaults and overrides only. A value may refer to
             another key or to the environment as OmegaConf does: `${crops.global_crops_size}`, `${oc.env:HOME}`.
-        overrides: `section.key=value` each, the value written as in YAML (text needs no quotes).
+        overrides: `section.key=value` each, the value written as in YAML (text needs no quotes); for a stage,
+            `stages.<name>.section.key=value`.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the sentence names it.
     """
     given: dict[str, Given] = {}
+    of_stages: list[tuple[str, Any]] = []
     if config_file is not None:
-        for key, value in _flatten(_read_yaml(config_file), source=f"in {config_file}"):
+        for key, value in flatten(_read_yaml(config_file), source=f"in {config_file}"):
             given[key] = Given(value, 0)
     for override in overrides:
         parsed = _parse_override(override)
+        if override.startswith(OF_A_STAGE):
+            of_stages += parsed.items()
+            continue
         for section in optional_sections():
             if section in parsed and parsed[section] is None:  # takes back what the file or an earlier argument gave
                 given = {key: value for key, value in given.items() if not key.startswith(f"{section}.")}
-        for key, value in _flatten(parsed, source="on the command line"):
+        for key, value in flatten(parsed, source="on the command line"):
             given[key] = Given(value, 1)
-    translated = translate(_resolve(_over_defaults(given)))
-    return build(translated.values, notes=translated.notes, refusals=translated.refusals)
+    given["stages"] = Given(with_overrides(given["stages"].value if "stages" in given else [], of_stages), 0)
+    resolved = _resolve(_over_defaults(given))
+    stages = resolved.pop("stages").value
+    translated = translate(resolved)
+    read = read_stages(stages, given=resolved, base=translated)
+    return build(
+        translated.values,
+        stages=read.stages,
+        notes=(*translated.notes, *read.notes),
+        refusals=(*translated.refusals, *read.refusals),
+    )
 
 
 def _over_defaults(given: Mapping[str, Given]) -> dict[str, Given]:
@@ -107,7 +122,8 @@ def _parse_override(override: str) -> Mapping[str, Any]:
     if not equals or not key:
         raise ConfigError(f"argument {override!r}: must be written key=value, e.g. optim.epochs=10")
     text = text.strip()
-    known = leaves().get(key) or PARENT_KEYS.get(key)
+    known_as = key.removeprefix(OF_A_STAGE).partition(".")[2] if key.startswith(OF_A_STAGE) else key
+    known = leaves().get(known_as) or PARENT_KEYS.get(known_as)
     if known is not None and is_text(known.annotation) and not _is_quoted(text) and text not in ("null", "~"):
         return {key: text}
     try:
@@ -118,46 +134,6 @@ def _parse_override(override: str) -> Mapping[str, Any]:
 
 def _is_quoted(text: str) -> bool:
     return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-
-
-def _flatten(content: Mapping[Any, Any], *, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk down to the keys, so that {'a': {'b': 1}} gives ('a.b', 1); raise ConfigError at an unknown one."""
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        is_leaf = key in leaves() or key in PARENT_KEYS
-        if isinstance(value, dict) and not is_leaf:
-            yield from _flatten(value, source=source, prefix=f"{key}.")
-        elif value is not None or key not in _all_sections():  # an empty section says nothing
-            _require_known(key, value, source=source)
-            yield key, value
-
-
-def _all_sections() -> set[str]:
-    return {*section_names(), *parent_sections()}
-
-
-def _require_known(key: str, value: Any, *, source: str) -> None:
-    """Raise ConfigError if `key` is no key of ours and no parent's."""
-    names = [*leaves(), *PARENT_KEYS]
-    if key in names:
-        return
-    if key in _all_sections():
-        example = next(name for name in names if name.startswith(f"{key}."))
-        raise ConfigError(f"{key}={show_value(value)} {source}: is a section; set its keys, e.g. {example}")
-    raise ConfigError(f"unknown key {key} {source}; the nearest known key is {_nearest(key)}")
-
-
-def _nearest(key: str) -> str:
-    """Return the key that was probably meant: of the same name elsewhere, else of a similar name in the section."""
-    section, _, last = key.casefold().rpartition(".")
-    names = {name.casefold(): name for name in [*PARENT_KEYS, *leaves()]}
-    parts = {name: name.rpartition(".") for name in names}
-    beside = {end: name for name, (start, _, end) in parts.items() if start == section}
-    same = [name for name, (_, _, end) in parts.items() if end == last]
-    containing = [name for end, name in beside.items() if last in end or (len(end) > 3 and end in last)]
-    similar = [beside[end] for end in difflib.get_close_matches(last, beside, n=1)]
-    candidates = same or containing or similar or [name.casefold() for name in leaves()]
-    return names[difflib.get_close_matches(key.casefold(), candidates, n=1, cutoff=0.0)[0]]
 
 
 def _resolve(given: Mapping[str, Given]) -> dict[str, Given]:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from dinov2.configs.config import Config
+from dinov2.configs.stage_section import StageConfig
 from dinov2.configs.values import convert, split_optional
 from dinov2.errors import ConfigError
 
@@ -77,10 +78,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def build(flat: Mapping[str, Any], *, notes: tuple[str, ...] = (), refusals: tuple[str, ...] = ()) -> Config:
+def build(
+    flat: Mapping[str, Any],
+    *,
+    stages: tuple[StageConfig, ...] = (),
+    notes: tuple[str, ...] = (),
+    refusals: tuple[str, ...] = (),
+) -> Config:
     """Build the checked tree from raw values by dotted key; keys that are absent keep their defaults."""
     values = {key: convert(key, value, leaves()[key].annotation) for key, value in flat.items()}
-    return Config(**_build_sections(Config, nest(values)), notes=notes, refusals=refusals)
+    return Config(**_build_sections(Config, nest(values)), stages=stages, notes=notes, refusals=refusals)
 
 
 def _build_sections(section: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from dinov2.configs.config import Config
 from dinov2.configs.section import Section
-from dinov2.configs.tree import is_setting, subsections
+from dinov2.configs.stage_section import StageConfig
+from dinov2.configs.tree import is_setting, nest, subsections
 from dinov2.errors import ConfigError
 
 
@@ -25,8 +26,16 @@ def to_dict(cfg: Config | Section) -> dict[str, Any]:
         elif name in subsections(type(cfg)):  # an optional section that is absent
             plain[name] = None
         elif is_setting(field):
-            plain[name] = list(value) if isinstance(value, tuple) else value
+            plain[name] = [_plain_item(item) for item in value] if isinstance(value, tuple) else value
     return plain
+
+
+def _plain_item(item: Any) -> Any:
+    """Return an item of a list; a stage as it stands in a file."""
+    if not isinstance(item, StageConfig):
+        return item
+    keys = {key: list(value) if isinstance(value, tuple) else value for key, value in item.keys.items()}
+    return {"name": item.name} | nest(keys)
 
 
 def to_yaml(cfg: Config) -> str:

@@ -280,6 +280,7 @@ def build_checkpointer(
         config_digest=config_digest(cfg),
         background=saving.background,
         save_to_disk=not read_only,
+        optional_parts=("anchoring.",),
         **({"queues": model.queues} if model.queues else {}),
         optimizer=optimizer,
         scaler=scaler,

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from dinov2.configs import Config
+from dinov2.configs import Config, stage_configs
 from dinov2.errors import ConfigError
 from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.train.batches import DeviceBatches
@@ -105,7 +105,7 @@ def plan_stages(cfg: Config, *, dataset_size: int, world_size: int, saved: Saved
     Raises:
         ConfigError: the numbers of a stage do not fit each other.
     """
-    settings = [("", cfg)]
+    settings = stage_configs(cfg)
     if saved is None or saved.global_batch_size is None:
         return _planned(settings, [None] * len(settings), dataset_size=dataset_size, world_size=world_size)
     for number, (_, of_saved) in enumerate(settings):  # which stage it is of may depend on the batches

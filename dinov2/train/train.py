@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset, require_trainable
+from dinov2.configs import (
+    Config,
+    batch_size_per_rank,
+    load_config,
+    require_train_dataset,
+    require_trainable,
+    stage_configs,
+)
 from dinov2.data import pass_size
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.fsdp import PeriodicCheckpointer
@@ -63,7 +70,8 @@ def _run(argv: Sequence[str] | None) -> int:
     cfg = load_config(args.config_file, args.overrides)
     require_train_dataset(cfg)
     require_trainable(cfg)
-    batch_size_per_rank(cfg, world_size=distributed.launched_world_size())
+    for _, settings in stage_configs(cfg):
+        batch_size_per_rank(settings, world_size=distributed.launched_world_size())
     env = distributed.init(cfg.compute_precision.device)
     if env.device.type == "cpu":
         keep_freed_memory()
