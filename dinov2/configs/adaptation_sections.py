@@ -46,7 +46,7 @@ class GramConfig(Section):
     normalized: bool = True  # similarities are cosines; false: dot products
     img_level: bool = False  # between patches of one crop; false: between all patches of a process, as many squared
     remove_neg: bool = False  # negative similarities of both count as 0
-    remove_only_teacher_neg: bool = False  # of the teacher only: there the student's may be any negative number
+    remove_only_teacher_neg: bool = False  # those of the Gram teacher alone count as 0
     # all: every patch; masked, unmasked: those that the student does not see, or sees; with img_level=false
     tokens_used: Literal["all", "masked", "unmasked"] = "all"
     # how features of larger crops (crops.gram_teacher_crops_size) are brought to the student's grid of patches
@@ -133,3 +133,41 @@ class LoraConfig(Section):
         self.require("targets", known, f"a list of some of {', '.join(LORA_TARGETS)}")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         require_part_names(self, "also_train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardRailsConfig(Section):
+    """What ends a run that goes wrong, while best_teacher.pth holds the best teacher so far.
+
+    The limits lie between runs that were seen to be healthy and broken ones; see dinov2/train/guard_rails.py.
+    """
+
+    KEY: ClassVar[str] = "guard_rails"
+
+    # stop: warn, then end the run with the reason; warn: only warn, once a cause; off: watch nothing; auto: stop where
+    # the run starts from weights (student.pretrained_weights, MODEL.WEIGHTS), else warn: features and targets of random
+    # networks are poor for a while without harm
+    action: Literal["auto", "stop", "warn", "off"] = "auto"
+    window_steps: int = 10  # steps whose mean is judged, >= 1: single batches scatter
+    patience_steps: int = 10  # steps in a row that the mean is out of bounds: the first one warns, the last one ends
+    patience_evaluations: int = 2  # evaluations in a row that are out of bounds: the first one warns, the last one ends
+    max_blank_pct: float = 90.0  # crops of a single colour, 0..100; a folder of scans may well have some
+    # distance of images over that of two crops of one, see image_separation, >= 0; copies of one image give about 1
+    min_image_separation: float = 1.2
+    min_feature_std_share: float = 0.3  # spread of the class tokens over the largest so far, 0..1
+    min_target_information_share: float = 0.1  # what targets say of an image, over the most so far, 0..1
+    min_teacher_momentum: float = 0.5  # below it the teacher is little but the student, 0..1; the parents go to 0.99
+    min_rank_share: float = 0.5  # RankMe of an evaluation over that of the start, 0..1
+    # neighbours kept since the start, in percent, 0..100, of features that are not better than those of the start
+    min_overlap_pct: float = 20.0
+    max_drop_points: float = 10.0  # fall of knn_top1_pct below the start, points, >= 0
+
+    def __post_init__(self) -> None:
+        for name in ("window_steps", "patience_steps", "patience_evaluations"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("min_image_separation", "max_drop_points"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("max_blank_pct", "min_overlap_pct"):
+            self.require(name, 0 <= getattr(self, name) <= 100, "in 0..100")
+        for name in ("feature_std_share", "target_information_share", "teacher_momentum", "rank_share"):
+            self.require(f"min_{name}", 0 <= getattr(self, f"min_{name}") <= 1, "in 0..1")

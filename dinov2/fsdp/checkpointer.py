@@ -51,6 +51,7 @@ class FSDPCheckpointer(Checkpointer):
         global_batch_size: int | None = None,
         background: bool = False,
         save_to_disk: bool = True,
+        optional_parts: tuple[str, ...] = (),
         **checkpointables: Any,
     ) -> None:
         """Only remembers its arguments; reads and writes nothing.
@@ -66,6 +67,8 @@ class FSDPCheckpointer(Checkpointer):
             background: `save` copies the state to host memory and returns; a thread writes it. `raise_failure` tells
                 what went wrong there, `close` ends the thread. False: `save` returns when all is written.
             save_to_disk: False turns `save` off.
+            optional_parts: beginnings of names in `model` that a checkpoint may lack, so that they stay as they are, or
+                have beyond those of `model`.
             checkpointables: objects with `state_dict()` and `load_state_dict()`, named; optimisers of `model`'s
                 parameters are saved by parameter name; one with `starts_empty = True` need not be in what is loaded.
         """
@@ -76,6 +79,7 @@ class FSDPCheckpointer(Checkpointer):
         self.config_digest = config_digest
         self.global_batch_size = global_batch_size
         self.background = background
+        self.optional_parts = optional_parts
         self.copy_to: str | None = None
         self.on_complete: Callable[[str, list[Path]], None] | None = None  # (name, folders), in rank 0's writer thread
         self.loaded: files.StoredCheckpoint | None = None  # what `load` or `resume_or_load` has read last
@@ -376,7 +380,7 @@ class FSDPCheckpointer(Checkpointer):
             if key not in stored.checkpointable_names and not getattr(self.checkpointables[key], "starts_empty", False):
                 raise CheckpointError(f"{stored.name} holds no {key}; it was saved by a run without one")
         self._part.forget()  # loading replaces the optimiser's tensors; nothing may hold the old ones
-        load_model_state(self.model, stored.model)
+        load_model_state(self.model, stored.model, optional=self.optional_parts)
         rank, num_saved = get_rank(), stored.manifest.world_size
         others = stored.rank_values(rank if rank < num_saved else 0) if keys else {}
         for key in keys:

@@ -14,15 +14,24 @@ from dinov2.fsdp.wrap import reshard
 
 
 @torch.no_grad()
-def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces]) -> None:
+def load_model_state(model: nn.Module, state: Mapping[str, StoredPieces], *, optional: tuple[str, ...] = ()) -> None:
     """Fill this rank's parts in place; names, shapes and types must be those that were saved.
+
+    Args:
+        model: sharded or not; changed in place.
+        state: what was saved.
+        optional: beginnings of names that one side may have and the other not; the model's stay as they are then.
 
     Raises:
         OtherParametersError: they are not; the model is left unchanged.
         DamagedCheckpointError: what was read is not what was written; the model is filled in part.
     """
     own = _model_tensors(model)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing, unexpected = (
+        sorted(name for name in names if not name.startswith(optional))
+        for names in (own.keys() - state.keys(), state.keys() - own.keys())
+    )
+    own = {name: tensor for name, tensor in own.items() if name in state or not name.startswith(optional)}
     if missing or unexpected:
         raise OtherParametersError(
             f"the checkpoint does not fit the model: {len(missing)} missing (first: {missing[0] if missing else 'none'}"

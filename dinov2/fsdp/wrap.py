@@ -175,6 +175,7 @@ def load_full_state_dict(
     state: Mapping[str, Any] | None,
     *,
     read: Callable[[Any], Tensor] = lambda tensor: tensor,
+    is_partial: bool = False,
 ) -> None:
     """Fill a module, sharded or not, from whole tensors; all ranks must call it.
 
@@ -183,6 +184,7 @@ def load_full_state_dict(
         state: whole tensors for every name, or what stands for them and has their `shape`; if any rank passes None,
             rank 0's are sent to all, one at a time.
         read: makes the tensor from an entry of `state`; called once for each, when its turn comes.
+        is_partial: what `state` lacks stays as it is; else it must have every name.
 
     Raises:
         CheckpointError: names or shapes differ, or `read` failed on rank 0; on all ranks together.
@@ -191,7 +193,10 @@ def load_full_state_dict(
     own = module.state_dict()
     from_main = any(all_gather_objects(state is None))
     shapes = None if state is None else {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _check_same(own, broadcast_object(shapes))
+    shapes = broadcast_object(shapes)
+    if is_partial and shapes is not None:
+        own = {name: tensor for name, tensor in own.items() if name in shapes}
+    _check_same(own, shapes)
     for name, tensor in own.items():
         if from_main:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

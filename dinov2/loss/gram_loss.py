@@ -19,7 +19,7 @@ class GramLoss(nn.Module):
         apply_norm: similarities are cosines; False: dot products.
         img_level: patches are compared within a crop; False: with those of all crops.
         remove_neg: negative similarities count as 0, the student's and the teacher's.
-        remove_only_teacher_neg: the teacher's count as 0, and there any negative similarity of the student does, too.
+        remove_only_teacher_neg: the teacher's count as 0, so that the student's are drawn towards 0 there.
 
     Raises:
         ValueError: both kinds of removal are asked for.
@@ -64,8 +64,6 @@ class GramLoss(nn.Module):
                 return student.sum()
             if self.remove_neg:
                 student = student.clamp(min=0)
-            elif self.remove_only_teacher_neg:
-                student = student.masked_fill((student < 0) & (teacher < 0), 0)
             if self.remove_neg or self.remove_only_teacher_neg:
                 teacher = teacher.clamp(min=0)
             return F.mse_loss(student, teacher)

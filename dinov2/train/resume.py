@@ -15,6 +15,7 @@ from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.hub.open_checkpoint import require_own_checkpoint
 from dinov2.hub.stored_tensor import State
 from dinov2.hub.weights import plan_head, plan_weights
+from dinov2.train.frozen_weights import fill_frozen_networks
 from dinov2.train.saved_run import open_resume_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -43,12 +44,14 @@ def resume(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Star
         CheckpointError: a file is missing, damaged, or does not fit.
     """
     try:
-        return _fill(cfg, saver, model)
+        start = _fill(cfg, saver, model)
     except OtherParametersError as error:
         raise CheckpointError(
             f"{error}; a run goes on with the settings of student, heads, lora and optim.freeze that it was saved "
             f"with; to start another from its weights, name the checkpoint by student.pretrained_weights"
         ) from error
+    fill_frozen_networks(cfg, model, saved=start.saved)
+    return start
 
 
 def _fill(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start:
@@ -65,6 +68,7 @@ def _fill(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start
     if weights and is_checkpoint_path(weights):
         on_main_first(require_own_checkpoint, Path(weights))
         checkpointer.load(weights, checkpointables=[])
+        model.anchoring.copy_from(model.teacher.backbone)
         logger.info("weights=%s iteration=0", weights)
         return Start()
     given: dict[str, State] = {}

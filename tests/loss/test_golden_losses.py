@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.golden import load_golden
 
-from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss import DINOLoss, GramLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
 
 TEMPERATURE = 0.06
@@ -111,3 +111,18 @@ def test_ibot_loss_of_dinov3(golden_v3):
 def test_koleo_of_dinov3(golden_v3):
     for loss in (KoLeoLoss(), KoLeoLoss(distributed=True)):
         torch.testing.assert_close(loss(golden_v3["koleo_in"]), golden_v3["koleo"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gram_img", {"remove_neg": False}),
+        ("gram_batch", {"remove_neg": False, "img_level": False}),
+        ("gram_img_remove_neg", {}),
+        ("gram_img_remove_teacher_neg", {"remove_neg": False, "remove_only_teacher_neg": True}),
+        ("gram_img_no_norm", {"remove_neg": False, "apply_norm": False}),
+    ],
+)
+def test_gram_of_dinov3(golden_v3, name, options):
+    loss = GramLoss(**options)(golden_v3["gram_student"], golden_v3["gram_teacher"])
+    torch.testing.assert_close(loss, golden_v3[name], **CLOSE)
