@@ -21,6 +21,9 @@ CASES = {
     "SHARD_GRAD_OP": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true"],
     "FULL_SHARD": ["train.centering=sinkhorn_knopp", "optim.optimizer=sgd"],
     "HYBRID_SHARD": ["train.centering=centering", "ibot.separate_head=true"],
+    "SHARD_GRAD_OP frozen": ["train.centering=centering", "optim.freeze=[norms, blocks:0]"],
+    "FULL_SHARD low-rank": ["train.centering=centering", "student.pretrained_weights=given.pth", "lora.rank=3"],
+    "SHARD_GRAD_OP low-rank": ["train.centering=centering", "student.pretrained_weights=given.pth", "lora.rank=1"],
 }
 
 
@@ -41,10 +44,11 @@ def part_of(batch: dict, rank: int, world_size: int) -> dict:
 
 
 def every_case() -> dict[str, dict]:
-    return {strategy: train_some_steps(strategy, overrides) for strategy, overrides in CASES.items()}
+    return {case: train_some_steps(case, overrides) for case, overrides in CASES.items()}
 
 
-def train_some_steps(strategy: str, overrides: list[str]) -> dict:
+def train_some_steps(case: str, overrides: list[str]) -> dict:
+    strategy, _, kind = case.partition(" ")
     # With the usual LayerScale of 1e-5, class tokens of all images start so close that KoLeo amplifies float noise.
     overrides = [*overrides, "dino.koleo_loss_distributed=true", "student.layerscale=0.5"]
     with torch.device("meta"):
@@ -60,7 +64,8 @@ def train_some_steps(strategy: str, overrides: list[str]) -> dict:
         # All masked patches are on the last images, so that rank 0 has none.
         batch["collated_masks"].unflatten(0, (2, IMAGES))[:, : IMAGES // 2] = False
         apply_schedules(optimizer, VALUES)
-        metrics = model.forward_backward(part_of(batch, get_rank(), get_world_size()), teacher_temp=0.06)
+        part = part_of(batch, get_rank(), get_world_size())
+        metrics = model.forward_backward(part, teacher_temp=0.06, freeze_backbone=kind == "frozen" and step == 0)
         norms.append(clip_gradients(model.student, max_norm=0.5)["grad_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -81,10 +86,10 @@ def on_two_ranks():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("strategy", CASES)
-def test_two_ranks_equal_one(on_two_ranks, strategy):
-    single = train_some_steps(strategy, CASES[strategy])
-    ranks = [cases[strategy] for cases in on_two_ranks]
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(on_two_ranks, case):
+    single = train_some_steps(case, CASES[case])
+    ranks = [cases[case] for cases in on_two_ranks]
     mean_losses = torch.stack([rank["losses"] for rank in ranks]).mean(0)
     torch.testing.assert_close(mean_losses, single["losses"], rtol=1e-4, atol=0)
     for rank in ranks:
