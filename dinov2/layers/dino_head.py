@@ -28,6 +28,11 @@ class PlainPrototypeLayer(nn.Module):
         """Draw all values from a normal of standard deviation 0.02 cut off at 2."""
         nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
 
+    @torch.no_grad()
+    def start_from(self, prototypes: Tensor) -> None:
+        """Take over prototypes [K, D] of length 1, so that scores are cosines."""
+        self.weight.copy_(prototypes)
+
     def prototypes(self) -> Tensor:
         """Return the prototypes, [K, D]."""
         return self.weight
@@ -49,6 +54,12 @@ class PrototypeLayer(nn.Module):
         bound = self.weight_v.shape[1] ** -0.5
         nn.init.uniform_(self.weight_v, -bound, bound, generator=generator)
         nn.init.ones_(self.weight_g)
+
+    @torch.no_grad()
+    def start_from(self, prototypes: Tensor) -> None:
+        """Take over prototypes [K, D] of length 1; `weight_v` is as long as it is when drawn, so as quick to turn."""
+        self.weight_v.copy_(prototypes * 3**-0.5)
+        self.weight_g.fill_(1.0)
 
     def prototypes(self) -> Tensor:
         """Return the prototypes, [K, D]."""
@@ -118,6 +129,56 @@ class DINOHead(nn.Module):
                 module.reset_parameters()
         self.last_layer.init_weights(generator)
 
+    @property
+    def num_projected(self) -> int:
+        """Number of axes that `start_as_projection` can take at most."""
+        first, *others = self._linears()
+        widths = [layer.in_features // 2 for layer in others]
+        return min(first.in_features, *widths, (others or [first])[-1].out_features)
+
+    @torch.no_grad()
+    def start_as_projection(self, axes: Tensor, mean: Tensor, *, generator: torch.Generator | None = None) -> None:
+        """Let the MLP compute (x - mean) @ axes.T, turned and scaled as a whole, until training changes it.
+
+        GELU(t) - GELU(-t) = t, so two hidden units of opposite sign hand a number on as it is. The other hidden units
+        keep what they were drawn with; the last layer starts without them and learns to use them. A layer's weights
+        stay about as large as they were drawn, so that a learning rate does to them what it does to a drawn head's.
+
+        Args:
+            axes: [d, D_in], d at most `num_projected`.
+            mean: [D_in].
+            generator: for the turns, which spread the numbers over all units.
+
+        Raises:
+            ValueError: a layer has no bias, or batch normalisation stands between them.
+        """
+        first, *others = self._linears()
+        has_norm = any(isinstance(module, nn.BatchNorm1d) for module in self.mlp.modules())
+        if has_norm or any(layer.bias is None for layer in (first, *others)):
+            raise ValueError("only an MLP with biases and without batch normalisation can start as a projection")
+        num_pairs = 2 * len(axes)
+        if not others:
+            weight = _as_large_as(first.weight, _turn(first.out_features, len(axes), generator) @ axes)
+            first.weight.copy_(weight)
+            first.bias.copy_(-weight @ mean)
+            return
+        weight = _as_large_as(first.weight, axes)
+        first.weight[:num_pairs] = torch.cat([weight, -weight])
+        first.bias[:num_pairs] = torch.cat([-weight @ mean, weight @ mean])
+        for layer in others[:-1]:
+            pair = _pair(_as_large_as(layer.weight, _turn(len(axes), len(axes), generator)))
+            layer.weight[:num_pairs] = 0
+            layer.weight[:num_pairs, :num_pairs] = torch.cat([pair, -pair])
+            layer.bias[:num_pairs] = 0
+        last = others[-1]
+        pair = _pair(_as_large_as(last.weight, _turn(last.out_features, len(axes), generator)))
+        last.weight.zero_()
+        last.weight[:, :num_pairs] = pair
+        last.bias.zero_()
+
+    def _linears(self) -> list[nn.Linear]:
+        return [module for module in self.mlp.modules() if isinstance(module, nn.Linear)]
+
     def forward(
         self, x: Tensor, criterion: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
     ) -> Tensor | tuple[Tensor, ...]:
@@ -147,3 +208,18 @@ def _mlp(
         layers.append(nn.GELU())
     layers.append(nn.Linear(hidden_dim, out_dim, bias=bias))
     return nn.Sequential(*layers)
+
+
+def _turn(num_rows: int, num_columns: int, generator: torch.Generator | None) -> Tensor:
+    """Draw a matrix that keeps all angles, [rows >= columns, columns]."""
+    return nn.init.orthogonal_(torch.empty(num_rows, num_columns), generator=generator)
+
+
+def _pair(weight: Tensor) -> Tensor:
+    """Let a weight [rows, n] act on the difference of two halves, [rows, 2 * n]."""
+    return torch.cat([weight, -weight], dim=1)
+
+
+def _as_large_as(drawn: Tensor, weight: Tensor) -> Tensor:
+    """Scale a weight to the root mean square of the one that it replaces."""
+    return weight * (drawn.square().mean() / weight.square().mean()).sqrt()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.logging import MetricLogger
 from dinov2.train.batches import DeviceBatches, skipped_file
 from dinov2.train.param_groups import common_groups, param_groups
+from dinov2.train.prototype_init import start_heads
 from dinov2.train.schedules import Schedules, scaled_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -230,6 +232,25 @@ def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
         hybrid_shard_size=precision.hybrid_shard_size,
     )
     return model
+
+
+def start_drawn_heads(cfg: Config, model: SSLMetaArch, drawn: Sequence[str], *, dataset: Any, env: Environment) -> None:
+    """Start those of the drawn heads from the training images whose section asks for it; all ranks together."""
+    inits = {"dino_head": cfg.dino.prototype_init, "ibot_head": cfg.ibot.prototype_init}
+    heads = [name for name in drawn if inits[name] == "kmeans"]
+    if not heads:
+        return
+    start_heads(
+        model,
+        heads,
+        dataset,
+        augmentation=build_augmentation(cfg),
+        num_crops=cfg.train.prototype_init_crops,
+        seed=cfg.train.seed,
+        num_workers=cfg.train.num_workers,
+        device=env.device,
+        on_bad_image=cfg.train.on_bad_image,
+    )
 
 
 def build_param_groups(cfg: Config, model: SSLMetaArch) -> list[dict]:

@@ -30,6 +30,7 @@ class Start:
     samples_seen: int = 0
     scores: Mapping[str, float] = field(default_factory=dict)  # of the last evaluation before it
     saved: StoredCheckpoint | None = None  # what the run goes on from; None: it is new
+    drawn_heads: tuple[str, ...] = ()  # that no file gave and that are random numbers so far
 
 
 def resume(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start:
@@ -77,7 +78,8 @@ def _fill(cfg: Config, saver: PeriodicCheckpointer, model: SSLMetaArch) -> Start
     elif cfg.student.pretrained_weights:
         on_main_first(lambda: given.update(_backbone_and_fitting_heads(model, cfg.student)))
     model.init_weights(cfg.train.seed, given=given)
-    return Start()
+    heads = [name for name in model.student if name != "backbone"]
+    return Start(drawn_heads=on_main_first(lambda: tuple(name for name in heads if name not in given)))
 
 
 def require_something_to_evaluate(cfg: Config, start: Start) -> None:

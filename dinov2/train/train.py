@@ -40,14 +40,16 @@ from dinov2.train.build import (
     build_optimizer,
     require_equal_sizes,
     seed_global_generators,
+    start_drawn_heads,
 )
 from dinov2.train.evaluation import MANUAL, START, TeacherEvaluation
+from dinov2.train.guard_rails import GuardRails, open_guard_rails
 from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.resume import require_something_to_evaluate, resume
 from dinov2.train.run_folder import begin_run, make_output_dir, require_no_other_run
 from dinov2.train.run_lock import RunLock
-from dinov2.train.run_log import log_start, summarise
+from dinov2.train.run_log import log_start, naming_the_best, summarise
 from dinov2.train.run_state import RunState
 from dinov2.train.saved_run import has_same_evaluations, report_changes, saved_batch
 from dinov2.train.saving import finishing, require_known_score
@@ -136,6 +138,7 @@ def do_train(
         evaluate(model, f"{MANUAL}{max(start.step - 1, 0)}")
         return 0
     report_changes(cfg, stages.at(start.step - 1).plan, start.saved, world_size=env.world_size)
+    start_drawn_heads(stages.at(0).cfg, model, start.drawn_heads, dataset=dataset, env=env)
     on_main_first(lambda: begin_run(cfg, stages, output_dir, overwrite=overwrite))
     saver.checkpointer.clean_up()
     state = state or RunState(cfg)  # one that was not entered writes nothing
@@ -147,10 +150,12 @@ def do_train(
 
     samples_seen = start.samples_seen
     cancelled = CancelledSteps()
+    rails = on_main_first(lambda: open_guard_rails(cfg, evaluate, output_dir=output_dir, start_step=start.step))
     open_batches = partial(build_batches, dataset=dataset, env=env, output_dir=output_dir)
     build_log = partial(build_metric_logger, last_step=stages.last_step, output_dir=output_dir)
     with (
         StopSignal() as stop,
+        naming_the_best(evaluate.best),
         finishing(saver),
         CurrentStage(stages, model=model, optimizer=optimizer, saver=saver, open_batches=open_batches) as current,
         on_every_rank(lambda: build_log(cfg, start_step=start.step)) as log,
@@ -158,7 +163,7 @@ def do_train(
         if start.step and stages.at(start.step - 1).is_evaluated_after(start.step - 1):
             # It may have been killed since its last checkpoint, before it was evaluated.
             scores = evaluate.if_missing(model, f"training_{start.step - 1}")
-            _note_scores(start.step - 1, scores, log=log, saver=saver, samples_seen=samples_seen)
+            _note_scores(start.step - 1, scores, log=log, saver=saver, rails=rails, samples_seen=samples_seen)
         for step in range(start.step, stages.last_step):
             stage = current.enter(step, samples_seen=samples_seen)
             started = time.perf_counter()
@@ -196,6 +201,7 @@ def do_train(
             log.record(step, metrics | _speed_metrics(stage.plan, env, step_s, current.batches.waited_s))
             cancelled.note(verdict, step=step, loss=metrics["total_loss"], scaler=scaler)
             state.note(step)
+            rails.note_steps(log.take_rows())
 
             # Before the evaluation, which may take longer than a scheduler waits after its SIGTERM.
             if verdict.stop or stage.ends_after(step) or saver.is_due(step, minutes_due=verdict.save_due):
@@ -206,7 +212,7 @@ def do_train(
                 break
             if stage.is_evaluated_after(step):
                 scores = evaluate(model, f"training_{step}")
-                _note_scores(step, scores, log=log, saver=saver, samples_seen=samples_seen)
+                _note_scores(step, scores, log=log, saver=saver, rails=rails, samples_seen=samples_seen)
     report_skipped(output_dir, rank=env.rank)
     on_main_first(summarise, evaluate, output_dir)
     return 0
@@ -238,11 +244,19 @@ def forward_backward(
 
 
 def _note_scores(
-    step: int, scores: dict[str, float], *, log: MetricLogger, saver: PeriodicCheckpointer, samples_seen: int
+    step: int,
+    scores: dict[str, float],
+    *,
+    log: MetricLogger,
+    saver: PeriodicCheckpointer,
+    rails: GuardRails,
+    samples_seen: int,
 ) -> None:
-    """Record the scores of an evaluation and keep the checkpoint of this step if they are the best so far."""
+    """Record the scores of an evaluation, keep the checkpoint of this step if they are the best so far, judge them."""
     log.record_scores(step, scores)
     saver.note_scores(step, scores, samples_seen=samples_seen)
+    rails.note_steps(log.take_rows())
+    rails.note_scores(step, scores)
 
 
 def _schedule_metrics(values: StepValues) -> dict[str, float]:
