@@ -59,8 +59,25 @@ class EvaluationConfig(Section):
 
     eval_period_iterations: int | None = 12500  # steps between evaluations, >= 0; 0 or null: never
     at_start: bool = True  # evaluate before the first step, for comparison
+    # end a run whose evaluations stay worse than that of the start: by checkpointing.save_best if that is set, else by
+    # knn_top1_pct with evaluation.knn, else by RankMe. It needs at_start
+    stop_below_start: bool = False
+    stop_patience: int = 3  # evaluations in a row that are worse, >= 1: the first one warns, the last one ends the run
+    stop_margin: float = (
+        1.0  # what is worse: below the start by more points (a score in percent) or percent (others), >= 0
+    )
     knn: KnnConfig = field(default_factory=KnnConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         self.require("eval_period_iterations", (self.eval_period_iterations or 0) >= 0, "at least 0 steps, or null")
+        self.require("stop_patience", self.stop_patience >= 1, "at least 1 evaluation")
+        self.require("stop_margin", self.stop_margin >= 0, "at least 0")
+        is_evaluated = self.at_start and bool(self.eval_period_iterations)
+        is_scored = self.knn.train_dataset_path is not None or self.health.num_images > 0
+        self.require(
+            "stop_below_start",
+            not self.stop_below_start or (is_evaluated and is_scored),
+            "false, or evaluation.at_start true, evaluation.eval_period_iterations at least 1 and evaluation.knn or "
+            "evaluation.health on",
+        )

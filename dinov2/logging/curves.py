@@ -22,6 +22,8 @@ _OWN_PANEL = {  # metric: title
     "mom": "teacher momentum",
     "teacher_temp": "teacher temperature",
     "feature_std": "feature std (0 = collapsed)",
+    "student_feature_std": "student's feature std (0 = collapsed)",
+    "target_information": "what targets say of an image, nats",
     "image_separation": "image separation (1 = copies)",
     "prototype_usage": "prototypes in use, share",
     "blank_pct": "crops of one colour, %",

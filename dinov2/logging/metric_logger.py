@@ -55,6 +55,7 @@ class MetricLogger:
     ) -> None:
         self.period_steps = period_steps
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._fetched: list[Row] = []  # since `take_rows`
         self._file: MetricsFile | None = None
         self._progress: Progress | None = None
         self._writers: list[Writer] = []
@@ -102,7 +103,13 @@ class MetricLogger:
             return
         rows = _fetch(self._rows)
         self._rows = []
+        self._fetched += rows
         on_main_first(self._write, rows)
+
+    def take_rows(self) -> list[Row]:
+        """Return the steps that were brought over since the last call, (step, means over ranks), equal on all ranks."""
+        rows, self._fetched = self._fetched, []
+        return rows
 
     def _write(self, rows: list[Row]) -> None:
         if self._file is None or self._progress is None:

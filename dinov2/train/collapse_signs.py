@@ -6,9 +6,11 @@
 | `image_separation` | how far images lie apart, beside two crops of one image | well above 1 | 1: images are copies |
 | `feature_std` | how far unit features spread over the sphere | steady | towards 0: the features collapse |
 | `prototype_usage` | share of the prototypes that the images of the batch are assigned to | steady | towards 1 / K |
-| `teacher_entropy` | how undecided the targets are, nats | steady, below log K | log K: they say nothing |
+| `teacher_entropy` | how undecided the targets are, nats | steady, below log K | 0 or log K |
+| `target_information` | what targets say of an image, nats | steady | 0: all images have the same |
 
-All are of the teacher, on whole crops. Those of images and features are means over ranks of each rank's batch.
+All are of the teacher, on whole crops, but for `student_feature_std`: the student's, on masked ones. Those of images
+and features are means over ranks of each rank's batch.
 
 Shapes: B images on this rank, 2 global crops, D features, K prototypes.
 """
@@ -43,7 +45,7 @@ def signs_of_features(cls: Tensor) -> dict[str, Tensor]:
     unit = F.normalize(cls, dim=-1)
     signs = {
         "cls_norm": cls.norm(dim=-1).mean(),
-        "feature_std": unit.std(dim=0, correction=0).square().sum().sqrt(),
+        "feature_std": _spread(unit),
     }
     first, second = unit.chunk(2)
     if len(first) > 1:
@@ -53,6 +55,15 @@ def signs_of_features(cls: Tensor) -> dict[str, Tensor]:
     return signs
 
 
+def signs_of_student(cls: Tensor) -> dict[str, Tensor]:
+    """Measure the student's class tokens [2 * B, D]: it collapses first, the teacher follows."""
+    return {"student_feature_std": _spread(F.normalize(cls.detach().float(), dim=-1))}
+
+
+def _spread(unit: Tensor) -> Tensor:
+    return unit.std(dim=0, correction=0).square().sum().sqrt()
+
+
 def signs_of_targets(assignments: Assignments) -> dict[str, Tensor]:
     """Measure assignments of N rows to K prototypes.
 
@@ -60,12 +71,16 @@ def signs_of_targets(assignments: Assignments) -> dict[str, Tensor]:
         `teacher_entropy`: mean entropy of a row in nats; log K is uniform, 0 is one prototype each.
         `prototype_usage`: exp of the entropy of the mean row of all ranks, as a share of K; N rows that have one
             prototype each use at most N / K.
+        `target_information`: entropy of that mean row less the mean entropy of a row, nats, which is how much a target
+            tells of which image it is for; 0 if all are alike, whether undecided or of one prototype.
 
     Cost: an all-reduce of K floats.
     """
     rows = assignments.dense()
-    mean = all_reduce_mean(rows.mean(dim=0))
+    of_all = torch.special.entr(all_reduce_mean(rows.mean(dim=0))).sum()
+    of_one = torch.special.entr(rows).sum(dim=-1).mean()
     return {
-        "teacher_entropy": torch.special.entr(rows).sum(dim=-1).mean(),
-        "prototype_usage": torch.special.entr(mean).sum().exp() / rows.shape[1],
+        "teacher_entropy": of_one,
+        "prototype_usage": of_all.exp() / rows.shape[1],
+        "target_information": of_all - of_one,
     }

@@ -28,7 +28,7 @@ from dinov2.loss.feature_queue import FeatureQueues, one_patch_of_each_crop, sco
 from dinov2.models import Backbone
 from dinov2.train.anchor import Anchoring, AnchorTargets, AnchorWeights
 from dinov2.train.batch_statistics import at_rest, average_statistics, copy_statistics, keep_frozen_statistics
-from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_targets
+from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_student, signs_of_targets
 from dinov2.train.low_rank import move_towards
 from dinov2.train.parts import freeze, train_low_rank
 
@@ -274,6 +274,7 @@ class SSLMetaArch(nn.Module):
             "dino_local_crops_loss": local_loss,
             "dino_local_loss_weight": total.new_full((), dino_local_loss_weight),
             "dino_global_crops_loss": global_loss,
+            **signs_of_student(global_cls),
         }
 
         if self.koleo_loss_weight > 0:
