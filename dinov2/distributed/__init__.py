@@ -20,6 +20,8 @@ from dinov2.distributed.collectives import (
 )
 from dinov2.distributed.environment import (
     Environment,
+    call_before_ending,
+    end_with_lost_rank,
     get_device,
     get_global_rank,
     get_global_size,
@@ -31,6 +33,7 @@ from dinov2.distributed.environment import (
     is_main_process,
     job_id,
     launched_world_size,
+    note_step,
     shutdown,
 )
 from dinov2.distributed.side_channel import SideChannel
@@ -48,6 +51,8 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "broadcast_tensor",
+    "call_before_ending",
+    "end_with_lost_rank",
     "gather_objects",
     "get_device",
     "get_global_rank",
@@ -60,6 +65,7 @@ __all__ = [
     "is_main_process",
     "job_id",
     "launched_world_size",
+    "note_step",
     "on_every_rank",
     "on_main_first",
     "shutdown",

@@ -5,14 +5,23 @@ Without a launcher, or with one process, there is no process group.
 
 import logging
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dinov2.distributed.launch_environment import LaunchEnvironment, read_job_id, read_launch_environment
-from dinov2.errors import ConfigError
+from dinov2.distributed.heartbeat import Heartbeat
+from dinov2.distributed.launch_environment import (
+    LaunchEnvironment,
+    read_job_id,
+    read_launch_environment,
+    read_timeouts,
+)
+from dinov2.distributed.rendezvous import meet
+from dinov2.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +38,23 @@ class Environment:
 
 
 _environment: Environment | None = None  # set by init, cleared by shutdown
+_heartbeat: Heartbeat | None = None  # the same, with several processes
 
 
-def init(device: str = "auto", *, timeout_s: int = 1800) -> Environment:
+def init(device: str = "auto", *, timeout_s: float | None = None) -> Environment:
     """Choose the device and, with several processes, join the process group.
 
-    Call it once, at the start of a program; a further call returns the first one's result.
+    Call it once, at the start of a program; a further call returns the first one's result. From then on this process
+    ends, with one sentence and exit code 1, when another one of the group has ended or does not answer any more.
 
     Args:
         device: auto (a GPU if there is one), cpu, cuda, or cuda:N with one process.
-        timeout_s: how long a collective waits for the other ranks before it fails.
+        timeout_s: how long a collective waits for ranks that are alive before it fails; None: as the environment says
+            (DINOV2_COLLECTIVE_TIMEOUT_S), or half an hour.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete or contradict each other, the device does not exist,
-            or the other processes cannot be reached.
+        ConfigError: the launcher's variables are incomplete or contradict each other, or the device does not exist.
+        TrainingError: other processes did not come, or cannot be reached.
     """
     global _environment
     if _environment is not None:
@@ -82,9 +94,39 @@ def job_id() -> str | None:
     return read_job_id(os.environ)
 
 
+def note_step(step: int) -> None:
+    """Say which step this rank is at, for what the others would tell if it ended."""
+    if _heartbeat is not None:
+        _heartbeat.step = step
+
+
+def call_before_ending(callback: Callable[[str], None] | None) -> None:
+    """Have a function called, from another thread, when this process is to end because another rank has.
+
+    Args:
+        callback: is given the reason in one sentence; takes the place of an earlier one. None: nothing is called.
+    """
+    if _heartbeat is not None:
+        _heartbeat.callback = callback
+
+
+def end_with_lost_rank(error: BaseException | None) -> None:
+    """If an error is one of a collective because another rank has ended, say which one and end this process."""
+    if _heartbeat is not None:
+        _heartbeat.explain(error)
+
+
 def shutdown() -> None:
-    """Leave the process group, if there is one; `init` may be called again afterwards."""
-    global _environment
+    """Leave the process group, if there is one; `init` may be called again afterwards.
+
+    While an error is being raised, the other ranks are told, or, if it is because of another rank, the process ends as
+    by `end_with_lost_rank`.
+    """
+    global _environment, _heartbeat
+    if _heartbeat is not None:
+        end_with_lost_rank(sys.exception())
+        _heartbeat.close(sys.exception())
+        _heartbeat = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     _environment = None
@@ -154,18 +196,25 @@ def _choose_device(device: str, *, launch: LaunchEnvironment) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def _join_process_group(launch: LaunchEnvironment, *, device: torch.device, timeout_s: int) -> None:
+def _join_process_group(launch: LaunchEnvironment, *, device: torch.device, timeout_s: float | None) -> None:
+    global _heartbeat
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeouts = read_timeouts(os.environ)
+    store = meet(launch, timeout_s=timeouts.rendezvous_s)
+    heartbeat = Heartbeat(launch, store, timeout_s=timeouts.lost_rank_s)
     try:
         dist.init_process_group(
             backend,
-            init_method=launch.init_method,
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=timeout_s or timeouts.collective_s),
         )
-    except (dist.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
+        heartbeat.close(error)
         reason = (str(error).splitlines() or ["unknown reason"])[0]
-        raise ConfigError(
-            f"rank {launch.rank} of {launch.world_size} could not join the others at {launch.init_method}: {reason}"
+        raise TrainingError(
+            f"the {launch.world_size} ranks have met at {launch.address}:{launch.port} but cannot connect to each "
+            f"other ({reason}); name the network between the machines with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
+    _heartbeat = heartbeat

@@ -4,6 +4,7 @@ torchrun wins over Slurm, because torchrun is also started inside Slurm jobs. Sl
 step (`srun`): a batch script also sees SLURM_NTASKS, but runs as one process.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +24,27 @@ class LaunchEnvironment:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    init_method: str = "env://"
+    address: str = ""  # of the host where the processes meet; empty for one process
+    port: int = 0
+    is_met_by_launcher: bool = False  # torchrun serves the meeting point, not rank 0
+    attempt: str = "0"  # torchrun's restarts share one meeting point
     one_gpu_per_process: bool = False  # the launcher shows each process its own GPU only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long processes wait for each other, in seconds."""
+
+    rendezvous_s: float = 300  # for all to come, at the start
+    lost_rank_s: float = 60  # for a sign of life of another process
+    collective_s: float = 1800  # for the others in a collective, while all are alive
+
+
+_TIMEOUT_VARIABLES = {
+    "DINOV2_RENDEZVOUS_TIMEOUT_S": "rendezvous_s",
+    "DINOV2_LOST_RANK_TIMEOUT_S": "lost_rank_s",
+    "DINOV2_COLLECTIVE_TIMEOUT_S": "collective_s",
+}
 
 
 def read_launch_environment(variables: Mapping[str, str]) -> LaunchEnvironment:
@@ -61,11 +81,16 @@ def _read_torchrun(variables: Mapping[str, str]) -> LaunchEnvironment:
         )
     local_rank = _as_int(variables, "LOCAL_RANK")
     has_local_size = "LOCAL_WORLD_SIZE" in variables
+    port = variables.get("MASTER_PORT", "")
     return LaunchEnvironment(
         rank=_as_int(variables, "RANK"),
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=_as_int(variables, "LOCAL_WORLD_SIZE") if has_local_size else max(world_size, local_rank + 1),
+        address=variables.get("MASTER_ADDR", ""),
+        port=_as_int(variables, "MASTER_PORT") if port else 0,
+        is_met_by_launcher=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=variables.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
@@ -79,7 +104,8 @@ def _read_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
     node_list = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost"
     job_id = int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
     address = variables.get("MASTER_ADDR") or first_slurm_host(node_list)
-    port = variables.get("MASTER_PORT") or str(_FIRST_SLURM_PORT + job_id % _NUM_SLURM_PORTS)
+    has_port = bool(variables.get("MASTER_PORT"))
+    port = _as_int(variables, "MASTER_PORT") if has_port else _FIRST_SLURM_PORT + job_id % _NUM_SLURM_PORTS
     tasks_per_node = expand_slurm_counts(variables.get("SLURM_STEP_TASKS_PER_NODE") or str(world_size))
     node = int(variables.get("SLURM_NODEID", "0"))
     if node >= len(tasks_per_node):
@@ -89,9 +115,28 @@ def _read_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
         world_size=world_size,
         local_rank=_as_int(variables, "SLURM_LOCALID"),
         local_world_size=tasks_per_node[node],
-        init_method=f"tcp://{address}:{port}",
+        address=address,
+        port=port,
         one_gpu_per_process="SLURM_GPUS_PER_TASK" in variables,
     )
+
+
+def read_timeouts(variables: Mapping[str, str]) -> Timeouts:
+    """Read how long processes wait for each other.
+
+    Raises:
+        ConfigError: a variable is not a number above 0.
+    """
+    found = {}
+    for name, field in _TIMEOUT_VARIABLES.items():
+        if name in variables:
+            try:
+                found[field] = float(variables[name])
+            except ValueError:
+                found[field] = 0.0
+            if not 0 < found[field] < math.inf:
+                raise ConfigError(f"{name}={variables[name]}: must be a number of seconds above 0")
+    return Timeouts(**found)
 
 
 def read_job_id(variables: Mapping[str, str]) -> str | None:

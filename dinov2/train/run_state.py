@@ -134,6 +134,7 @@ class RunState:
 
     def __enter__(self) -> Self:
         distributed.on_main_first(self._open)
+        distributed.call_before_ending(self.fail)
         return self
 
     def begin(self, step: int, total_steps: int) -> None:
@@ -144,9 +145,11 @@ class RunState:
             total_steps: iterations of the whole run.
         """
         self._update(iteration=step - 1 if step else None, total_steps=total_steps, began_at=step)
+        distributed.note_step(step)
 
     def note(self, step: int) -> None:
         """Note that an iteration is done; the file follows within seconds."""
+        distributed.note_step(step + 1)
         if self._record is None:
             return
         with self._lock:
@@ -164,6 +167,8 @@ class RunState:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        distributed.end_with_lost_rank(error)  # its sentence is a better reason than what a collective says
+        distributed.call_before_ending(None)
         if isinstance(error, KeyboardInterrupt):
             self._update(state=STOPPED, failures=())
         elif error is not None:

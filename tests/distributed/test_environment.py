@@ -58,7 +58,8 @@ def test_without_a_launcher_there_is_one_process(environment_of):
 def test_torchrun_variables_win_over_slurm_ones():
     found = read_launch_environment(SLURM | TORCHRUN)
     assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (5, 8, 1, 4)
-    assert found.init_method == "env://"
+    assert (found.address, found.port, found.is_met_by_launcher) == ("node1", 29500, False)
+    assert read_launch_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).is_met_by_launcher
 
 
 def test_the_number_of_processes_is_known_before_they_meet(environment_of):
@@ -70,7 +71,7 @@ def test_the_number_of_processes_is_known_before_they_meet(environment_of):
 def test_a_slurm_step_needs_no_torchrun():
     found = read_launch_environment(SLURM)
     assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (5, 6, 1, 2)
-    assert found.init_method == "tcp://gpu03:23456"
+    assert (found.address, found.port, found.is_met_by_launcher) == ("gpu03", 23456, False)
 
 
 def test_a_batch_script_is_one_process():

@@ -57,11 +57,11 @@ class ForkedRanks:
         """Ranks that have not ended, as far as `wait` knows."""
         return list(self._descriptors)
 
-    def kill(self, *ranks: int) -> None:
-        """End ranks as kill -9 does, in this order; those that have ended are left out."""
+    def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
+        """Send ranks a signal, that of kill -9 unless told otherwise, in this order; those that have ended get none."""
         for rank in ranks:
             if rank in self._descriptors:
-                os.kill(self._pids[rank], signal.SIGKILL)
+                os.kill(self._pids[rank], number)
 
     def wait(self, timeout_s: float | None = None, *, also: int | None = None) -> None:
         """Return when a rank has ended, when the descriptor `also` can be read, or after this time; None: never."""
