@@ -36,7 +36,6 @@ _MAY_DIFFER: Mapping[str, str | None] = {
     "schedules": None,
     "schedules.": None,
     "crops.": None,
-    "crops.gram_": _OF_GRAM,
     "augmentation.": None,
     "dino.loss_weight": None,
     "dino.koleo_loss_weight": None,
@@ -118,7 +117,7 @@ def read_stages(listed: Any, *, given: Mapping[str, Given], base: Translated) ->
             keys = _changes(base.values, translated.values, named=own)
             _require_own(keys)
             stage = StageConfig(name=name, keys=dict.fromkeys(sorted(absent)) | keys)
-            _require_heads(build(_laid_over(base.values, stage)), base=base_cfg)
+            _require_networks(build(_laid_over(base.values, stage)), base=base_cfg)
             _require_batch_that_holds(stage, base=base_cfg)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from error
@@ -212,13 +211,20 @@ def _differs(base: Mapping[str, Any], stage: Mapping[str, Any], key: str) -> boo
     return stage[key] != base.get(key, leaves()[key].default)
 
 
-def _require_heads(stage: Config, *, base: Config) -> None:
+def _require_networks(stage: Config, *, base: Config) -> None:
     """Raise ConfigError if a stage turns on a loss whose network is built only where it is on outside of stages."""
-    if stage.ibot.loss_weight > 0 and base.ibot.loss_weight == 0 and base.ibot.separate_head:
-        raise ConfigError(
-            f"ibot.loss_weight={stage.ibot.loss_weight} needs the iBOT head, which is built if ibot.loss_weight is "
-            f"above 0 outside of stages; set it there, and to 0 in the stages that are to do without"
-        )
+    has_head = base.ibot.loss_weight > 0 or not base.ibot.separate_head
+    for key, is_missing in (
+        ("ibot.loss_weight", stage.ibot.loss_weight > 0 and not has_head),
+        ("anchor.cls_weight", stage.anchor.cls_weight > 0 and not base.anchor.is_on),
+        ("anchor.patch_weight", stage.anchor.patch_weight > 0 and not base.anchor.is_on),
+    ):
+        if is_missing:
+            section, name = key.split(".")
+            raise ConfigError(
+                f"{key}={getattr(getattr(stage, section), name)} needs a network that is built only if it is above 0 "
+                f"outside of stages; set it there, and to 0 in the stages that are to do without"
+            )
 
 
 def _require_batch_that_holds(stage: StageConfig, *, base: Config) -> None:

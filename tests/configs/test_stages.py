@@ -130,13 +130,17 @@ def test_a_list_that_is_none_of_stages(stages, expected):
     assert sentence(f"stages={stages}") == expected
 
 
-def test_a_loss_whose_head_is_not_built_cannot_be_turned_on():
+NEEDS = "needs a network that is built only if it is above 0 outside of stages"
+
+
+def test_a_loss_whose_network_is_not_built_cannot_be_turned_on():
     options = ["ibot.separate_head=true", "ibot.loss_weight=0", "stages=[{name: a, ibot.loss_weight: 1}]"]
     assert sentence(*options) == (
-        "stage a: ibot.loss_weight=1.0 needs the iBOT head, which is built if ibot.loss_weight is above 0 outside of "
-        "stages; set it there, and to 0 in the stages that are to do without"
+        f"stage a: ibot.loss_weight=1.0 {NEEDS}; set it there, and to 0 in the stages that are to do without"
     )
     assert load_config(None, options[1:]).stages
+    assert sentence("stages=[{name: a, anchor.cls_weight: 2}]").startswith(f"stage a: anchor.cls_weight=2.0 {NEEDS}")
+    assert load_config(None, ["anchor.patch_weight=1", "stages=[{name: a, anchor.cls_weight: 2}]"]).stages
 
 
 def test_the_batch_of_a_process_beside_a_global_one():
