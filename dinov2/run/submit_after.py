@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = submitit.JobEnvironment()
     paths = submitit.core.utils.JobPaths(args.folder, job_id=env.job_id, task_id=0)
     job = submitit.core.utils.DelayedSubmission.load(paths.submitted_pickle).function
-    verdict = conclude(job, folder=args.folder, job_id=env.job_id, code=args.code)
-    if verdict.kind == REQUEUED:
+    attempt, verdict = conclude(job, folder=args.folder, job_id=env.job_id, code=args.code)
+    if verdict.kind == REQUEUED or (verdict.kind == RESTARTED and attempt.at_time_limit):
         return _requeue(env.job_id)
     return AGAIN if verdict.kind == RESTARTED else verdict.code
 
 
-def conclude(job: ProgramJob, *, folder: Path, job_id: str, code: int) -> Verdict:
+def conclude(job: ProgramJob, *, folder: Path, job_id: str, code: int) -> tuple[Attempt, Verdict]:
     """Write down the attempt that has just ended, and say what follows."""
     record = Record.open(folder, job_id)
     slurm = _SlurmView.ask(job_id)
@@ -58,14 +58,13 @@ def conclude(job: ProgramJob, *, folder: Path, job_id: str, code: int) -> Verdic
     if failed is not None:
         attempt = replace(attempt, code=failed.code, rank=failed.rank, host=failed.host)
     stopped_by = next((end.stopped_by for end in ends if end.stopped_by is not None), None)
-    if stopped_by is not None:
-        is_near = slurm.left_s < job.signal_delay_s + _LIMIT_CHECK_S
-        attempt = replace(attempt, stopped_by=stopped_by, at_time_limit=is_near)
+    was_warned = stopped_by is not None and slurm.left_s < job.signal_delay_s + _LIMIT_CHECK_S
+    attempt = replace(attempt, stopped_by=stopped_by, at_time_limit=was_warned or slurm.is_over_time)
     log = str(log_of(folder, job_id, attempt.rank or 0))
-    verdict = judge([*record.attempts, attempt], job.limits, is_cancelled=not slurm.is_running, log=log)
+    verdict = judge([*record.attempts, attempt], job.limits, is_cancelled=slurm.is_cancelled, log=log)
     record.add(attempt, verdict)
     print(f"job {job_id}, attempt {attempt.number}: {verdict.reason}", flush=True)
-    return verdict
+    return attempt, verdict
 
 
 def _requeue(job_id: str) -> int:
@@ -98,7 +97,8 @@ def _collect_ends(folder: Path, job_id: str) -> list[RankEnd]:
 class _SlurmView:
     """What Slurm says about a job that runs or has just been ended."""
 
-    is_running: bool  # else it has been cancelled, or requeued by Slurm
+    is_cancelled: bool  # or requeued by Slurm itself
+    is_over_time: bool  # ended at its time limit, because it had not ended when it was told to
     left_s: float  # before the time limit; infinite where the end has another cause or is not known
 
     @classmethod
@@ -106,11 +106,13 @@ class _SlurmView:
         command = ["scontrol", "show", "job", "--oneliner", job_id]
         result = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S)
         facts = dict(re.findall(r"(\w+)=(\S*)", result.stdout))
+        is_running = facts.get("JobState", "RUNNING") == "RUNNING"
+        is_over_time = not is_running and facts.get("Reason") == "TimeLimit"
         left_s = math.inf
-        if facts.get("PreemptTime", "None") == "None":
+        if is_running and facts.get("PreemptTime", "None") == "None":
             with contextlib.suppress(KeyError, ValueError):
                 left_s = (datetime.fromisoformat(facts["EndTime"]) - datetime.now()).total_seconds()
-        return cls(is_running=facts.get("JobState", "RUNNING") == "RUNNING", left_s=left_s)
+        return cls(is_cancelled=not is_running and not is_over_time, is_over_time=is_over_time, left_s=left_s)
 
 
 if __name__ == "__main__":

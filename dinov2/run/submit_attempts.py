@@ -135,7 +135,8 @@ def judge(attempts: Sequence[Attempt], limits: Limits, *, is_cancelled: bool, lo
         return Verdict(kind=STOPPED if last.progress.state == "stopped" else FINISHED, reason=_how(last))
     if is_cancelled and not last.has_failed:
         return Verdict(kind=STOPPED, reason=_how(last), code=last.code)
-    if last.code == 0 or (last.was_ended_by_its_signal and not last.at_time_limit):
+    may_start_again = limits.knows_steps or not last.at_time_limit
+    if last.code == 0 or (last.was_ended_by_its_signal and may_start_again):
         return _after_stop(attempts, limits)
     if is_cancelled:
         return Verdict(kind=FAILED, reason=_how(last), code=last.code)
