@@ -57,7 +57,7 @@ from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages import CurrentStage, follow_stages, plan_stages
 from dinov2.train.stop_signal import StopSignal
-from dinov2.train.update import CancelledSteps, agree, clip_gradients
+from dinov2.train.update import CancelledSteps, Verdict, agree, clip_gradients
 
 logger = logging.getLogger("dinov2.train")
 
@@ -176,15 +176,7 @@ def do_train(
 
             scaler.unscale_(optimizer)
             metrics |= clip_gradients(model.student, max_norm=stage.cfg.optim.clip_grad)
-            verdict = agree(
-                metrics["total_loss"],
-                metrics["grad_norm"],
-                stop=stop.received is not None,
-                save_due=env.rank == 0 and saver.minutes_are_over(),
-                failed=saver.checkpointer.failed,
-            )
-            if verdict.failed:
-                saver.checkpointer.raise_failure()
+            verdict = _agree(metrics, stop=stop, saver=saver, env=env)
 
             if verdict.is_finite:
                 scaler.step(optimizer)
@@ -241,6 +233,20 @@ def forward_backward(
         )
         totals = {name: totals.get(name, 0) + value * share for name, value in metrics.items()}
     return totals
+
+
+def _agree(metrics: dict[str, Tensor], *, stop: StopSignal, saver: PeriodicCheckpointer, env: Environment) -> Verdict:
+    """Find out what all ranks say about a step; a checkpoint that one of them could not write ends them together."""
+    verdict = agree(
+        metrics["total_loss"],
+        metrics["grad_norm"],
+        stop=stop.received is not None,
+        save_due=env.rank == 0 and saver.minutes_are_over(),
+        failed=saver.checkpointer.failed,
+    )
+    if verdict.failed:
+        saver.checkpointer.raise_failure()
+    return verdict
 
 
 def _note_scores(
