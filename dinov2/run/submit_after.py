@@ -23,7 +23,7 @@ from pathlib import Path
 
 import submitit
 
-from dinov2.run.submit_attempts import REQUEUED, RESTARTED, Attempt, Record, Verdict, judge, progress_of
+from dinov2.run.submit_attempts import REQUEUED, RESTARTED, STOPPED, Attempt, Record, Verdict, judge, progress_of
 from dinov2.run.submit_job import RESTARTS, ProgramJob, RankEnd
 from dinov2.run.submit_local import log_of
 
@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = submitit.JobEnvironment()
     paths = submitit.core.utils.JobPaths(args.folder, job_id=env.job_id, task_id=0)
     job = submitit.core.utils.DelayedSubmission.load(paths.submitted_pickle).function
-    attempt, verdict = conclude(job, folder=args.folder, job_id=env.job_id, code=args.code)
+    record = Record.open(args.folder, env.job_id)
+    attempt, verdict = conclude(job, record, folder=args.folder, job_id=env.job_id, code=args.code)
     if verdict.kind == REQUEUED or (verdict.kind == RESTARTED and attempt.at_time_limit):
-        return _requeue(env.job_id)
+        return _requeue(record, env.job_id)
     return AGAIN if verdict.kind == RESTARTED else verdict.code
 
 
-def conclude(job: ProgramJob, *, folder: Path, job_id: str, code: int) -> tuple[Attempt, Verdict]:
+def conclude(job: ProgramJob, record: Record, *, folder: Path, job_id: str, code: int) -> tuple[Attempt, Verdict]:
     """Write down the attempt that has just ended, and say what follows."""
-    record = Record.open(folder, job_id)
     slurm = _SlurmView.ask(job_id)
     ends = _collect_ends(folder, job_id)
     progress = progress_of(job.run_folder(job_id))
@@ -67,14 +67,17 @@ def conclude(job: ProgramJob, *, folder: Path, job_id: str, code: int) -> tuple[
     return attempt, verdict
 
 
-def _requeue(job_id: str) -> int:
-    """Put the job back into the queue, which ends it here."""
+def _requeue(record: Record, job_id: str) -> int:
+    """Put the job back into the queue, which ends it here; it has ended for good if Slurm refuses."""
     command = ["scontrol", "requeue", job_id]
     result = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S)
     if result.returncode == 0:
         return 0
     reason = " ".join(result.stderr.split()) or "no reason given"
-    print(f"error: Slurm does not requeue job {job_id} ({reason}); submit again to go on", file=sys.stderr, flush=True)
+    sentence = f"Slurm does not requeue job {job_id} ({reason}); submit again to go on"
+    record.end = {"kind": STOPPED, "code": 1, "reason": sentence}
+    record.write()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 1
 
 
