@@ -69,6 +69,13 @@ from dinov2.errors import ConfigError
         ("optim.base_lr=-1", "at least 0"),
         ("optim.weight_decay_end=-1", "at least 0"),
         ("optim.freeze_last_layer_epochs=-1", "at least 0"),
+        ("optim.freeze_backbone_epochs=-0.5", "at least 0"),
+        ("optim.unfreeze_ramp_epochs=-0.5", "at least 0"),
+        ("optim.backbone_lr_multiplier=-0.5", "at least 0"),
+        ("optim.head_lr_multiplier=-0.5", "at least 0"),
+        ("lora.rank=-1", "at least 0"),
+        ("lora.alpha=0", "above 0"),
+        ("lora.dropout=1", "at least 0 and below 1"),
         ("optim.clip_grad=-1", "at least 0, or null"),
         ("optim.schedule_trunc_extra=-0.1", "at least 0"),
         ("optim.dino_head_wd_multiplier=-1", "at least 0"),
@@ -92,6 +99,19 @@ from dinov2.errors import ConfigError
         ("checkpointing.keep_every=0", "at least 1 step, or null"),
         ("checkpointing.period_minutes=0", "above 0, or null"),
         ("evaluation.eval_period_iterations=-1", "at least 0 steps, or null"),
+        ("evaluation.stop_patience=0", "at least 1 evaluation"),
+        ("evaluation.stop_margin=-1", "at least 0"),
+        ("guard_rails.window_steps=0", "at least 1"),
+        ("guard_rails.patience_steps=0", "at least 1"),
+        ("guard_rails.patience_evaluations=0", "at least 1"),
+        ("guard_rails.max_blank_pct=101", "in 0..100"),
+        ("guard_rails.min_overlap_pct=-1", "in 0..100"),
+        ("guard_rails.min_image_separation=-1", "at least 0"),
+        ("guard_rails.max_drop_points=-1", "at least 0"),
+        ("guard_rails.min_feature_std_share=1.5", "in 0..1"),
+        ("guard_rails.min_target_information_share=-0.1", "in 0..1"),
+        ("guard_rails.min_teacher_momentum=2", "in 0..1"),
+        ("guard_rails.min_rank_share=2", "in 0..1"),
         ("evaluation.knn.nb_knn=[]", "a list of numbers of at least 1, such as [10, 20]"),
         ("evaluation.knn.nb_knn=[0]", "a list of numbers of at least 1, such as [10, 20]"),
         ("evaluation.knn.temperature=0", "above 0"),
@@ -152,7 +172,7 @@ def test_edges_of_ranges_are_allowed(overrides):
 def test_named_sizes_are_those_of_the_models():
     import torch
 
-    from dinov2.configs.student_section import ARCH_WIDTH_AND_HEADS, RESNET_ARCHS
+    from dinov2.configs.student_section import ARCH_BLOCKS, ARCH_WIDTH_AND_HEADS, RESNET_ARCHS
     from dinov2.models import RESNETS, SIZES, build_model
 
     assert RESNET_ARCHS == tuple(RESNETS)
@@ -161,3 +181,7 @@ def test_named_sizes_are_those_of_the_models():
         with torch.device("meta"):
             model = build_model(arch, patch_size=16, img_size=32)
         assert (model.embed_dim, model.num_heads) == (width, heads)
+    assert set(ARCH_BLOCKS) == {*SIZES, *RESNETS}
+    for arch, num_blocks in ARCH_BLOCKS.items():
+        with torch.device("meta"):
+            assert build_model(arch).depth == num_blocks
