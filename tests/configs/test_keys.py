@@ -25,7 +25,13 @@ NO_VIT = [f"student.{key}=null" for key in ("embed_dim", "depth", "num_heads")]
 WEIGHTS = "student.pretrained_weights=FOLDER/adamw/eval/start/teacher_checkpoint.pth"
 RUNS = {
     "adamw": [*KNN, "evaluation.at_start=true", "ibot.separate_head=true", "train.max_steps=3"],
-    "sgd_fp16": [WEIGHTS, "optim.optimizer=sgd", "train.max_steps=1", "compute_precision.param_dtype=fp16"],
+    "sgd_fp16": [
+        WEIGHTS,
+        "lora.rank=2",
+        "optim.optimizer=sgd",
+        "train.max_steps=1",
+        "compute_precision.param_dtype=fp16",
+    ],
     "dinov3": [
         *SCHEDULES,
         "defaults=dinov3",

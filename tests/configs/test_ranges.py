@@ -180,8 +180,7 @@ def test_named_sizes_are_those_of_the_models():
     for arch, (width, heads) in ARCH_WIDTH_AND_HEADS.items():
         with torch.device("meta"):
             model = build_model(arch, patch_size=16, img_size=32)
-        assert (model.embed_dim, model.num_heads) == (width, heads)
+        assert (model.embed_dim, model.num_heads, model.depth) == (width, heads, ARCH_BLOCKS[arch])
     assert set(ARCH_BLOCKS) == {*SIZES, *RESNETS}
-    for arch, num_blocks in ARCH_BLOCKS.items():
-        with torch.device("meta"):
-            assert build_model(arch).depth == num_blocks
+    with torch.device("meta"):
+        assert all(build_model(arch).depth == ARCH_BLOCKS[arch] for arch in RESNETS)

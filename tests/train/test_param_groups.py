@@ -37,9 +37,13 @@ def test_groups_hold_every_parameter_once_and_follow_the_schedule():
         f"{head}.last_layer.{part}" for head in ("dino_head", "ibot_head") for part in ("weight_g", "weight_v")
     }
     optimizer = torch.optim.AdamW(groups)
-    apply_schedules(optimizer, StepValues(lr=2.0, last_layer_lr=0.0, wd=0.5, momentum=0.9, teacher_temp=0.05))
+    factors = {"backbone_lr_factor": 0.25, "head_lr_factor": 3.0}
+    values = StepValues(lr=2.0, last_layer_lr=0.0, wd=0.5, momentum=0.9, teacher_temp=0.05, **factors)
+    apply_schedules(optimizer, values)
     for group in optimizer.param_groups:
-        expected = 0.0 if group["is_last_layer"] else 2.0 * group["lr_multiplier"]
+        (of_backbone,) = {name.startswith("backbone.") for name in group["names"]}
+        factor = factors["backbone_lr_factor" if of_backbone else "head_lr_factor"]
+        expected = 0.0 if group["is_last_layer"] else 2.0 * factor * group["lr_multiplier"]
         assert group["lr"] == expected and group["weight_decay"] == 0.5 * group["wd_multiplier"]
 
 

@@ -20,8 +20,9 @@ LAST = "model_0000005"
         ["optim.gradient_accumulation_steps=2", "optim.optimizer=sgd", "train.sampler=epoch"],
         ["compute_precision.param_dtype=fp16", "train.sampler=infinite"],
         [*DINOV3_RUN, "student.pos_embed_rope_jitter_coords=1.5", "dino.reweight_dino_local_loss=true"],
+        ["optim.freeze_backbone_epochs=0.5", "optim.unfreeze_ramp_epochs=0.5", "optim.freeze=[embeddings]"],
     ],
-    ids=["plain", "workers", "accumulation", "fp16", "dinov3"],
+    ids=["plain", "workers", "accumulation", "fp16", "dinov3", "frozen"],
 )
 def test_six_steps_equal_three_a_stop_and_three_more(tmp_path, options):
     assert train(tmp_path / "whole", *options) == 0

@@ -76,6 +76,38 @@ def test_epochs_become_steps_and_the_last_layer_waits():
     assert schedules[0].dino_local_loss_weight == schedules[40].dino_local_loss_weight == 1
 
 
+@pytest.mark.parametrize(
+    ("frozen", "ramp", "expected"),
+    [
+        (0, 0, [1] * 7),
+        (0.5, 0.5, [0, 0, 0, 1 / 3, 2 / 3, 1, 1]),
+        (0, 0.3, [0.5, 1, 1, 1, 1, 1, 1]),  # 1.8 steps are 2
+        (0.1, 0, [0, 1, 1, 1, 1, 1, 1]),  # 0.6 steps are 1
+        (2, 0, [0] * 7),
+    ],
+)
+def test_the_backbone_stays_frozen_and_thaws_in_equal_parts(frozen, ramp, expected):
+    epochs = [f"optim.freeze_backbone_epochs={frozen}", f"optim.unfreeze_ramp_epochs={ramp}"]
+    others = ["optim.epochs=3", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0"]
+    for family in ([], PIECEWISE):
+        plain, schedules = (
+            Schedules(tiny_config([*others, *family, *more]), lr=0.5, end_lr=0.001, epoch_length=6)
+            for more in ([], [*epochs, "optim.backbone_lr_multiplier=0.5", "optim.head_lr_multiplier=3"])
+        )
+        assert [schedules[step].backbone_lr_factor for step in range(7)] == pytest.approx([0.5 * x for x in expected])
+        assert {schedules[step].head_lr_factor for step in range(7)} == {3}
+        assert [schedules[step].lr for step in range(12)] == [plain[step].lr for step in range(12)]
+
+
+def test_teacher_momentum_and_temperature_change_with_every_step():
+    options = ["teacher.momentum_teacher=0.996", "teacher.final_momentum_teacher=0.9995", "optim.epochs=2"]
+    options += ["optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=1"]
+    schedules = Schedules(tiny_config(options), lr=0.5, end_lr=0.0, epoch_length=5)
+    momenta, temperatures = ([getattr(schedules[i], name) for i in range(11)] for name in ("momentum", "teacher_temp"))
+    assert momenta[0] == 0.996 and momenta[10] == 0.9995 and sorted(set(momenta)) == momenta
+    assert temperatures[0] == 0.04 and temperatures[5] == 0.07 and sorted(set(temperatures[:5])) == temperatures[:5]
+
+
 def test_a_truncated_cosine_ends_at_the_final_value_within_the_run():
     options = ["optim.epochs=4", "optim.warmup_epochs=1"]
     plain, cut = (
