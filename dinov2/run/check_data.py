@@ -30,7 +30,7 @@ from dinov2.run.data_table import format_augmentation, format_comparison, format
 from dinov2.run.duplicates import content_keys, find_files
 from dinov2.run.image_facts import inspect_images
 from dinov2.run.named_dataset import choose_name, open_dataset, require_outside
-from dinov2.train.build import plan_run
+from dinov2.train.stages import plan_stages
 
 REPORT_NAME = "check_data.json"
 PICTURE_NAME = "check_data.png"
@@ -155,7 +155,7 @@ def _choose(num_images: int, sample: int | None) -> np.ndarray:
 def _judge_batch(cfg: Config, *, num_images: int) -> Findings:
     """Tell whether there are enough images for one batch of one process."""
     try:
-        plan_run(cfg, dataset_size=num_images, world_size=1)
+        plan_stages(cfg, dataset_size=num_images, world_size=1)
     except Dinov2Error as error:
         return Findings(problems=[str(error)])
     return Findings()

@@ -1,6 +1,7 @@
 """Stages of a run: what they may set, the sentence where they may not, and the whole settings of each."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +167,12 @@ def test_changes_of_stages_are_named_by_stage_and_key():
         'stages.wide {"name": "wide", "crops": {"global_crops_size": 448}} -> null',
         'stages.end null -> {"name": "end"}',
     ]
+
+
+def test_the_example_of_the_guide_loads(tmp_path):
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "stages.md").read_text(encoding="utf-8")
+    (tmp_path / "example.yaml").write_text(guide.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    cfg = load_config(str(tmp_path / "example.yaml"), ["stages.adapt.epochs=5", "stages.large.optim.base_lr=1e-5"])
+    read = values_of(cfg, lambda s: (s.optim.epochs, s.optim.base_lr, s.crops.global_crops_size, s.gram.loss_weight))
+    assert read == {"heads": (2, 1e-3, 112, 0), "adapt": (5, 2e-4, 112, 0), "large": (3, 1e-5, 224, 1)}
+    assert cfg.notes == cfg.refusals == ()

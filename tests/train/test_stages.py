@@ -82,9 +82,9 @@ def test_what_a_stage_leaves_out_rests_in_it(whole_run):
     assert {"student.backbone.pos_embed", "student.backbone.cls_token", "student.dino_head.mlp.0.weight"} <= changed
 
 
-def test_stopping_before_at_and_after_the_boundary_gives_the_same_run(tmp_path, whole_run, caplog):
+def test_stopping_before_and_after_the_boundary_gives_the_same_run(tmp_path, whole_run, caplog):
     caplog.set_level("INFO", logger="dinov2")
-    for steps in (1, 2, 3, 4):
+    for steps in (1, 3, 4):
         torch.manual_seed(123)
         assert train(tmp_path, *STAGED, f"train.max_steps={steps}", "logging.period_steps=1") == 0
     assert_same_state(whole_run, tmp_path, name=LAST, but_for=("metrics",))
@@ -110,7 +110,7 @@ def test_a_kill_between_the_boundarys_checkpoint_and_its_evaluation(tmp_path, wh
     assert values_but_timing(metrics_of(whole_run)) == values_but_timing(metrics_of(tmp_path))
 
 
-def test_a_run_that_is_over_goes_on_with_one_more_stage(tmp_path, whole_run):
+def test_a_run_that_ended_at_the_boundary_goes_on_with_one_more_stage(tmp_path, whole_run):
     assert train(tmp_path, *STAGED[:-1], f"stages=[{HEADS}]") == 0
     assert train(tmp_path, *STAGED, "logging.period_steps=1") == 0
     assert_same_state(whole_run, tmp_path, name=LAST, but_for=("metrics",))
@@ -132,8 +132,8 @@ def test_a_stage_of_larger_crops_for_both_families(tmp_path, family):
 @pytest.mark.dist
 def test_two_processes_resume_at_the_boundary_bit_for_bit(tmp_path):
     options = [*STAGED, "compute_precision.sharding_strategy=FULL_SHARD", "stages.wide.train.batch_size_per_gpu=3"]
-    runs = [("whole", 4), ("parts", 2), ("parts", 4)]
-    train_in_turns([(tmp_path / name, [*options, f"train.max_steps={steps}"]) for name, steps in runs])
+    onwards = f"train.resume_path={tmp_path / 'whole' / 'model_0000001'}"
+    train_in_turns([(tmp_path / "whole", options), (tmp_path / "parts", [*options, onwards])])
     assert_same_state(tmp_path / "whole", tmp_path / "parts", name=LAST, num_ranks=2)
 
 
