@@ -10,7 +10,7 @@ from typing import Any
 
 from data_adapters.digits import Digits
 
-SLOW_S = 0.05  # for one image
+SLOW_S = 0.35  # for one image
 
 
 class SlowDigits(Digits):

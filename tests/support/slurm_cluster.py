@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+TESTS = Path(__file__).resolve().parents[1]
+SCRIPTS = TESTS / "slurm"
+PYTHONPATH = f"{TESTS}:{TESTS.parent}"  # for programs that tests start: the library beside them, and their datasets
 _DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 
@@ -65,6 +67,7 @@ class SlurmCluster:
             "PATH": f"{SCRIPTS / 'bin'}:{variables['PATH']}",
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": PYTHONPATH,
         }
         enter = ["nsenter", "--target", self._pid, *_NAMESPACES, f"--wd={cwd}", "--"]
         return subprocess.Popen(
@@ -76,7 +79,7 @@ class SlurmCluster:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, *command: str | Path, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command beside the cluster to its end.
 
         Raises:
@@ -119,30 +122,34 @@ class SlurmCluster:
             os.kill(pid, signal.SIGKILL)
 
 
-def processes_with(variables: Mapping[str, str], *, program: str) -> list[int]:
-    """Find processes with these environment variables whose first argument, after Python, ends with `program`."""
+def processes_with(variables: Mapping[str, str], *, program: str, argument: str | None = None) -> list[int]:
+    """Find processes with these environment variables that run a Python program of this name with this argument."""
     wanted = {f"{name}={value}".encode() for name, value in variables.items()}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if len(arguments) > 1 and arguments[1].endswith(program.encode()):
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found.append(int(folder.name))
+            if Path(os.fsdecode(arguments[1] if len(arguments) > 1 else b"")).name != program:
+                continue
+            if argument is not None and os.fsencode(argument) not in arguments:
+                continue
+            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             continue
     return found
 
 
-def wait_until(holds: Callable[[], bool], *, what: str, timeout_s: float = 60, log: Sequence[Path] = ()) -> None:
+def wait_until(holds: Callable[[], bool], *, what: str, timeout_s: float, logs: Path | None = None) -> None:
     """Wait for something to become true.
 
     Raises:
-        AssertionError: it has not after `timeout_s`; the message holds the logs.
+        AssertionError: it has not after `timeout_s`; the message holds the logs in the folder.
     """
     end_s = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > end_s:
-            texts = "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in log if path.is_file())
-            raise AssertionError(f"not within {timeout_s} s: {what}\n{texts}")
+            paths = [] if logs is None else sorted(logs.glob("*.out")) + sorted(logs.glob("*_attempts.json"))
+            texts = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-5000:]}" for path in paths)
+            raise AssertionError(f"not within {timeout_s:.0f} s: {what}\n{texts}")
         time.sleep(0.2)
