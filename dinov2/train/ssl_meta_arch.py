@@ -49,6 +49,8 @@ class TeacherTargets:
 class SSLMetaArch(nn.Module):
     """Student and teacher, each a ModuleDict of `backbone`, `dino_head` and, if separate and used, `ibot_head`.
 
+    `anchoring` holds frozen backbones that the student is held near, if the config asks for it.
+
     Args:
         cfg: config of the run.
     """
@@ -171,7 +173,6 @@ class SSLMetaArch(nn.Module):
         super().train(mode)
         keep_frozen_statistics(self.student)
         self.teacher.eval()
-        self.anchoring.eval()
         return self
 
     def forward_backward(

@@ -28,6 +28,10 @@ RUNS = {
     "sgd_fp16": [
         WEIGHTS,
         "lora.rank=2",
+        "gram.use_loss=true",
+        "gram.ckpt=start",
+        "gram.loss_weight_schedule={start: 1, peak: 1, end: 1, warmup_epochs: 0}",
+        "anchor.cls_weight=1",
         "optim.optimizer=sgd",
         "train.max_steps=1",
         "compute_precision.param_dtype=fp16",
