@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 
 import submitit
 
@@ -94,7 +96,9 @@ class Follower:
 
 
 def follow(waiting: Sequence[Callable[[int], Follower]], *, num_at_once: int) -> int:
-    """Start jobs in turn and wait for all; Ctrl-C tells those of this machine to save and end, once more it gives up.
+    """Start jobs in turn and wait for all.
+
+    Ctrl-C, and what ends the job around the launcher, tells those of this machine to save and end, and starts no more.
 
     Args:
         waiting: start a job each, told which of the `num_at_once` places is free, from 0 on.
@@ -102,13 +106,16 @@ def follow(waiting: Sequence[Callable[[int], Follower]], *, num_at_once: int) ->
 
     Returns:
         0, or the exit code of the job that failed first.
+
+    Raises:
+        KeyboardInterrupt: at the first Ctrl-C, while the jobs are Slurm's, or at the second.
     """
     waiting = list(waiting)
     running: dict[int, Follower] = {}  # by their places
     code = 0
     is_interrupted = False
-    while running or waiting:
-        try:
+    with _Interrupts() as interrupts:
+        while running or waiting:
             for place in range(num_at_once):
                 if waiting and place not in running:
                     running[place] = waiting.pop(0)(place)
@@ -116,16 +123,41 @@ def follow(waiting: Sequence[Callable[[int], Follower]], *, num_at_once: int) ->
                 if not follower.look():
                     del running[place]
                     code = code or follower.code
+            if interrupts.num_received and not is_interrupted:
+                is_interrupted = True
+                waiting.clear()
+                for follower in running.values():
+                    follower.interrupt()
+            if interrupts.num_ctrl_c > 1:
+                raise KeyboardInterrupt
             if running:
                 time.sleep(_POLL_S)
-        except KeyboardInterrupt:
-            if is_interrupted:
-                raise
-            is_interrupted = True
-            waiting.clear()
-            for follower in running.values():
-                follower.interrupt()
     return code
+
+
+class _Interrupts:
+    """While entered, what would end this process is counted instead."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.num_received = 0
+        self.num_ctrl_c = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.num_received += 1
+        self.num_ctrl_c += number == signal.SIGINT
 
 
 class _Log:

@@ -1,6 +1,9 @@
 """The launcher: what it passes on, what Slurm would get, wrong options, and a real job on this machine."""
 
 import json
+import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +12,14 @@ import pytest
 import torch
 
 from dinov2.models import build_model
-from dinov2.run import submit_options
+from dinov2.run import submit_options, submit_snapshot
 from dinov2.run.submit import main
+from dinov2.run.submit_options import TRAIN_PROGRAM
 
 ROOT = Path(__file__).resolve().parents[2]
 KNN = ROOT / "eval" / "knn.py"
 MODEL = ["student.arch=vit_tiny", "student.depth=2", "student.embed_dim=48", "student.patch_size=4"]
+DATA = "train.dataset_path=Digits:split=TRAIN"
 SIZES = ["crops.global_crops_size=16", "crops.local_crops_size=8"]
 CPU = "compute_precision.device=cpu"
 
@@ -54,7 +59,8 @@ def fails_with(capsys, argv, *, program=None):
 
 
 def test_the_script_for_slurm_says_what_the_options_say(program, tmp_path, capsys):
-    options = ["--partition", "gpu", "--account", "lab", "--qos", "high", "--constraint", "a100", "--exclude", "n[1-3]"]
+    options = ["--partition", "gpu", "--account", "lab", "--qos", "high", "--use-volta32", "--exclude", "n[1-3]"]
+    options += ["--dependency", "afterok:123", "--signal-delay", "90"]
     size = ["--nodes", "2", "--ngpus", "4", "--timeout", "60", "--cpus-per-task", "10", "--mem", "120"]
     lines = script(capsys, *options, *size, "--slurm-extra", "reservation=mine", "--comment", "paper 1")
     wanted = {
@@ -67,7 +73,10 @@ def test_the_script_for_slurm_says_what_the_options_say(program, tmp_path, capsy
         "partition=gpu",
         "account=lab",
         "qos=high",
-        "constraint=a100",
+        "constraint=volta32gb",
+        "dependency=afterok:123",
+        "signal=USR2@90",
+        "requeue",
         "exclude='n[1-3]'",
         "reservation=mine",
         "comment='paper 1'",
@@ -77,8 +86,76 @@ def test_the_script_for_slurm_says_what_the_options_say(program, tmp_path, capsy
     assert wanted <= {line.removeprefix("#SBATCH --") for line in lines if "SBATCH" in line}
     (srun,) = (line for line in lines if line.startswith("srun"))
     assert "--kill-on-bad-exit=1" in srun and f"{tmp_path}/jobs/%j_%t_log.out" in srun
+    after = lines[lines.index(srun) :]
+    assert f"{sys.executable} -P -m dinov2.run.submit_after {tmp_path}/jobs $?" in after
     assert lines[-1] == f"# {sys.executable} {KNN}"
     assert not (tmp_path / "jobs" / "submission.sh").exists()
+
+
+def test_a_job_that_may_not_be_requeued_says_so_to_slurm(program, capsys):
+    lines = script(capsys, "--max-requeues", "0")
+    assert "#SBATCH --no-requeue" in lines and "#SBATCH --requeue" not in lines
+
+
+def test_slurm_warns_half_the_time_ahead_of_a_short_time_limit(program, capsys):
+    assert "#SBATCH --signal=USR2@120" in script(capsys, "--timeout", "60")
+    assert "#SBATCH --signal=USR2@30" in script(capsys, "--timeout", "1")
+
+
+def test_a_sweep_is_one_array_with_a_folder_for_each_run(program, capsys):
+    sweep = ["--sweep", "train.num_workers=1,2", "--sweep", "train.seed=0,1", "--array", "3", "--output-dir", "runs/%j"]
+    lines = script(capsys, *sweep, DATA, CPU, program=TRAIN_PROGRAM)
+    assert "#SBATCH --array=0-3%3" in lines
+    commands = [line for line in lines if line.startswith(f"# {sys.executable}")]
+    assert len(commands) == 4
+    name = "train.num_workers=2,train.seed=0"
+    arguments = f"--output-dir runs/%j/{name} {DATA} {CPU} train.num_workers=2 train.seed=0"
+    assert commands[2] == f"# {sys.executable} {TRAIN_PROGRAM} {arguments}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([DATA, "optim.epoch=1"], "unknown key optim.epoch on the command line; the nearest known key is optim.epochs"),
+        ([DATA, "--sweep", "optim.epoch=1,2"], "unknown key optim.epoch on the command line; the nearest known key is"),
+        ([], "train.dataset_path"),
+        ([DATA, "--ngpus", "3", "train.global_batch_size=8"], "train.global_batch_size=8"),
+    ],
+    ids=["key", "swept key", "no data", "batch"],
+)
+def test_wrong_settings_of_a_training_are_said_before_it_waits(program, capsys, arguments, message):
+    assert message in fails_with(capsys, arguments, program=TRAIN_PROGRAM)
+    assert not Path("jobs").exists()
+
+
+def test_logs_of_a_training_lie_where_its_settings_say(program, capsys, tmp_path):
+    lines = script(capsys, DATA, "train.output_dir=runs/first", program=TRAIN_PROGRAM)
+    assert f"#SBATCH --output={tmp_path}/runs/first/jobs/%j_0_log.out" in lines
+    assert lines[-1] == f"# {sys.executable} {TRAIN_PROGRAM} {DATA} train.output_dir=runs/first"
+    lines = script(capsys, DATA, "train.output_dir=runs/%j", program=TRAIN_PROGRAM)
+    assert lines[-1].endswith(f"{TRAIN_PROGRAM} --output-dir runs/%j {DATA} train.output_dir=runs/%j")
+
+
+def test_a_snapshot_is_run_and_is_not_changed_by_editing(program, monkeypatch, tmp_path):
+    root = tmp_path / "project"
+    for name in ("dinov2/a.py", "dinov2/b.txt", "eval/told.py", "configs/c.yaml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(TELL)
+    monkeypatch.setattr(submit_snapshot, "_ROOT", root)
+    (tmp_path / "mine.yaml").write_text("train:\n  seed: 3\n")
+    options = ["--snapshot", "--cluster", "debug", "--output-dir", "runs/x"]
+    for _ in range(2):
+        assert main([*options, str(root / "eval" / "told.py"), "--config-file", "mine.yaml", "0"]) == 0
+    (code,) = (tmp_path / "runs" / "x" / "jobs").glob("code-*")
+    files = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    assert files == {"dinov2/a.py", "eval/told.py", "configs/c.yaml"}
+    _, _, option, config, _ = told("alone")["argv"]
+    assert option == "--config-file" and Path(config).parent == code.parent
+    assert Path(config).read_text() == (tmp_path / "mine.yaml").read_text()
+    (root / "dinov2" / "a.py").write_text("edited")
+    assert (code / "dinov2" / "a.py").read_text() == TELL
+    assert main([*options, str(root / "eval" / "told.py"), "0"]) == 0
+    assert len(list(Path("runs/x/jobs").glob("code-*"))) == 2
 
 
 @pytest.mark.parametrize("how", ["argument", "config file", "config file="])
@@ -110,6 +187,9 @@ def test_everything_else_is_passed_on_in_its_order(program, capsys):
         (["--nodes", "0"], "--nodes 0: must be above 0"),
         (["--timeout", "-5"], "--timeout -5: must be above 0"),
         (["--mem", "0"], "--mem 0: must be above 0"),
+        (["--max-restarts", "-1"], "--max-restarts -1: must be 0 or more"),
+        (["--timeout", "1", "--signal-delay", "60"], "--signal-delay 60: is not less than --timeout, 60 s; give less"),
+        (["--array", "2"], "--array 2: says how many jobs of a --sweep run at the same time; there is none"),
         (
             ["--cluster", "slurm"],
             "--cluster slurm: there is no sbatch here; submit on a machine of the cluster, or use --cluster local",
@@ -176,6 +256,38 @@ def test_a_job_on_this_machine_ends_with_the_exit_code_of_the_process_that_faile
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_launcher_lets_its_job_save_and_end(program, capsys, name):
+    program.write_text(
+        "import os, signal, sys\n"
+        "def save(number, frame):\n    print('saved', flush=True)\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"os.kill(int(sys.argv[-1]), signal.{name})\n"
+        "signal.pause()\n"
+    )
+    before = signal.getsignal(signal.Signals[name])
+    assert main(["--cluster", "local", str(program), str(os.getpid())]) == 0
+    out = capsys.readouterr().out
+    job = out.splitlines()[0].partition(":")[0]
+    assert f"{job} saves and ends; Ctrl-C again to wait no longer\n" in out and "saved\n" in out
+    assert out.endswith(f"{job}: stopped by SIGTERM; submit again to go on\n")
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+@pytest.mark.dist
+def test_a_sweep_on_this_machine_runs_its_jobs_in_turn(program, capsys):
+    program.write_text("import sys\nprint('runs', *sys.argv[1:])\nsys.exit(sys.argv[-1] == 'b=2')\n")
+    options = ["--cluster", "local", "--output-dir", "out", "--sweep", "b=1,2"]
+    assert main([*options, str(program), "a=0"]) == 1
+    out, err = capsys.readouterr()
+    ran = [line for line in out.splitlines() if line.startswith("runs")]
+    assert ran == [f"runs --output-dir out/b={value} a=0 b={value}" for value in (1, 2)]
+    assert "process 0 ended with exit code 1; log: " in err
+    assert main([*options, "--array", "2", str(program), "a=0"]) == 1
+    assert "[b=2] runs --output-dir out/b=2 a=0 b=2" in capsys.readouterr().out
+
+
+@pytest.mark.dist
 def test_knn_runs_as_a_job_of_two_processes(tmp_path):
     model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -207,3 +319,10 @@ def test_each_evaluation_has_a_launcher():
     assert launchers.keys() == programs
     for name, text in launchers.items():
         assert f'parents[2] / "eval" / "{name}"' in text
+
+
+def test_the_launcher_of_training_names_its_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--cluster", "debug", "--dry-run", DATA])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "run" / "train" / "train.py"), run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.endswith(f"{TRAIN_PROGRAM} {DATA}\n")
