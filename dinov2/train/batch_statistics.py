@@ -37,7 +37,8 @@ def copy_statistics(target: nn.Module, source: nn.Module) -> None:
 def keep_frozen_statistics(network: nn.Module) -> None:
     """Let layers whose scale and shift are frozen use the statistics they have, also in training mode."""
     for layer in _layers(network):
-        if not any(param.requires_grad for param in layer.parameters()):
+        params = list(layer.parameters())
+        if params and not any(param.requires_grad for param in params):
             layer.eval()
 
 
