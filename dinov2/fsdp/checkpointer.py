@@ -115,9 +115,10 @@ class FSDPCheckpointer(Checkpointer):
         self.raise_failure()
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         data = self._snapshot(kwargs, time=time)
+        batch = self.global_batch_size  # of this step: it may be another one when the manifest is written
 
         def make_manifest(records: dict[str, files.FileRecord]) -> files.Manifest:
-            return self._manifest(name, data, records)
+            return self._manifest(name, data, records, global_batch_size=batch)
 
         self._writer.submit(lambda: self._write(name, data, make_manifest))
         if not self.background:
@@ -306,7 +307,14 @@ class FSDPCheckpointer(Checkpointer):
         }
         return self._buffers.snapshot(data, part.tensors) | {"layout": part.layout}
 
-    def _manifest(self, name: str, data: Mapping[str, Any], records: dict[str, files.FileRecord]) -> files.Manifest:
+    def _manifest(
+        self,
+        name: str,
+        data: Mapping[str, Any],
+        records: dict[str, files.FileRecord],
+        *,
+        global_batch_size: int | None,
+    ) -> files.Manifest:
         return files.Manifest(
             name=name,
             iteration=data["extra"]["iteration"],
@@ -317,7 +325,7 @@ class FSDPCheckpointer(Checkpointer):
             time=data["time"],
             versions=data["versions"],
             metrics=data["extra"].get("metrics") or {},
-            global_batch_size=self.global_batch_size,
+            global_batch_size=global_batch_size,
         )
 
     def _write(

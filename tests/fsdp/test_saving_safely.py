@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import shutil
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from support.toy_run import Run, copy_of, names, same
 from dinov2 import checkpoint_format, distributed
 from dinov2.checkpoint_format import find_checkpoints
 from dinov2.errors import CheckpointError
+from dinov2.fsdp import checkpointer
+from dinov2.fsdp.writer import write_checkpoint
 from dinov2.run.checkpoint_verify import verify
 
 
@@ -43,6 +46,23 @@ def test_what_is_written_in_the_background_is_the_state_at_the_time_of_saving(tm
     assert find_checkpoints(tmp_path) == ["model_0000002", "model_0000003", "model_0000004"]
     run.checkpointer.close()
     run.checkpointer.close()  # harmless
+
+
+def test_a_manifest_names_the_global_batch_of_its_step(tmp_path, monkeypatch):
+    """The next step may have another one by the time the manifest is written."""
+    may_write = threading.Event()
+
+    def write_later(*args, **kwargs):
+        may_write.wait(60)
+        write_checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(checkpointer, "write_checkpoint", write_later)
+    run = Run(tmp_path, background=True)
+    run.checkpointer.save("model_0000000", iteration=0)
+    run.checkpointer.global_batch_size = 6
+    may_write.set()
+    run.checkpointer.close()
+    assert checkpoint_format.open_checkpoint(tmp_path, "model_0000000").global_batch_size == 12
 
 
 def test_a_failure_in_the_background_stops_the_run(tmp_path):
