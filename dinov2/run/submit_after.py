@@ -69,8 +69,7 @@ def conclude(job: ProgramJob, record: Record, *, folder: Path, job_id: str, code
 
 def _requeue(record: Record, job_id: str) -> int:
     """Put the job back into the queue, which ends it here; it has ended for good if Slurm refuses."""
-    command = ["scontrol", "requeue", job_id]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S)
+    result = _scontrol("requeue", job_id)
     if result.returncode == 0:
         return 0
     reason = " ".join(result.stderr.split()) or "no reason given"
@@ -79,6 +78,14 @@ def _requeue(record: Record, job_id: str) -> int:
     record.write()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 1
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr=f"no answer in {_ASK_S} s")
 
 
 def _collect_ends(folder: Path, job_id: str) -> list[RankEnd]:
@@ -106,8 +113,7 @@ class _SlurmView:
 
     @classmethod
     def ask(cls, job_id: str) -> "_SlurmView":
-        command = ["scontrol", "show", "job", "--oneliner", job_id]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S)
+        result = _scontrol("show", "job", "--oneliner", job_id)
         facts = dict(re.findall(r"(\w+)=(\S*)", result.stdout))
         is_running = facts.get("JobState", "RUNNING") == "RUNNING"
         is_over_time = not is_running and facts.get("Reason") == "TimeLimit"

@@ -14,6 +14,7 @@ import submitit
 
 from dinov2.run.submit_attempts import FINISHED, STOPPED, Record
 from dinov2.run.submit_local import log_of
+from dinov2.run.submit_process import handle_ending
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 5.0
@@ -138,15 +139,13 @@ def follow(waiting: Sequence[Callable[[int], Follower]], *, num_at_once: int) ->
 class _Interrupts:
     """While entered, what would end this process is counted instead."""
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self) -> None:
         self.num_received = 0
         self.num_ctrl_c = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        self._previous = handle_ending(self._note)
         return self
 
     def __exit__(

@@ -19,7 +19,7 @@ import submitit
 
 from dinov2.run.submit_attempts import Limits
 from dinov2.run.submit_local import LocalRanks
-from dinov2.run.submit_process import Processes, without_launcher
+from dinov2.run.submit_process import Processes, end_with_parent, without_launcher
 
 RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued a job
 
@@ -74,6 +74,7 @@ class ProgramJob:
         """Run the program as one task of a Slurm job, or as all of a job on this machine."""
         job = submitit.JobEnvironment()
         if self.local is not None:
+            end_with_parent()  # it is submitit's, and what the launcher waits for
             code = self.local.run(self, folder=job.paths.folder, job_id=job.job_id)
         else:
             code = self._run_rank(job)

@@ -3,22 +3,27 @@
 A process of its own, because a program sets its own signal handlers and ends in its own way.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Self
 
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # a job, or ahead of its end
+_BY_THE_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Processes:
     """Processes of one program; while this is entered, a signal to this process is passed on to them.
 
-    SIGINT becomes SIGTERM: of a terminal they may have had one of their own, and the second ends them at once.
+    Ctrl-C and the end of a terminal become SIGTERM, for which the programs save. They run in sessions of their own, so
+    that a terminal does not signal them as well, and are told to end if this process is killed.
     """
 
     def __init__(self) -> None:
@@ -28,7 +33,7 @@ class Processes:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _PASSED_ON}
+            self._previous = handle_ending(self._note)
         return self
 
     def __exit__(
@@ -44,7 +49,15 @@ class Processes:
     ) -> subprocess.Popen[bytes]:
         """Start one of them; `output`: for all it prints, None: where this process prints."""
         error = None if output is None else subprocess.STDOUT
-        process = subprocess.Popen(command, cwd=folder, env=dict(variables), stdout=output, stderr=error)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(variables),
+            stdout=output,
+            stderr=error,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
         self._running.append(process)
         if self.stopped_by is not None:  # it came while the process was being started
             process.send_signal(signal.Signals[self.stopped_by])
@@ -76,7 +89,22 @@ class Processes:
             process.send_signal(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.stop(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
+        self.stop(signal.SIGTERM if number in _BY_THE_TERMINAL else signal.Signals(number))
+
+
+def handle_ending(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
+    """Call `handler` for every signal that would end a job; returns the handlers that it replaces.
+
+    What is ignored stays so: `nohup` ignores the end of a terminal.
+    """
+    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def end_with_parent() -> None:
+    """Let Linux send this process SIGTERM when its parent ends, however it ends; elsewhere, do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def without_launcher(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -275,6 +275,20 @@ def test_a_signal_to_the_launcher_lets_its_job_save_and_end(program, capsys, nam
 
 
 @pytest.mark.dist
+def test_a_program_ends_with_the_process_that_runs_it(program, capsys, tmp_path):
+    program.write_text(
+        "import os, signal, sys\n"
+        "def save(number, frame):\n    open('saved', 'w').close()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getppid(), signal.SIGKILL)\n"
+        "signal.pause()\n"
+    )
+    assert main(["--cluster", "local", str(program)]) == 1
+    assert "was ended before its program was; log: " in capsys.readouterr().err
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.dist
 def test_a_sweep_on_this_machine_runs_its_jobs_in_turn(program, capsys):
     program.write_text("import sys\nprint('runs', *sys.argv[1:])\nsys.exit(sys.argv[-1] == 'b=2')\n")
     options = ["--cluster", "local", "--output-dir", "out", "--sweep", "b=1,2"]
