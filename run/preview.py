@@ -5,5 +5,5 @@ import sys
 from dinov2.run.preview import main
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the user's dataset classes lie in the current folder
+    sys.path = [*sys.path[1:], ""]  # the user's dataset classes lie in the current folder
     raise SystemExit(main())
