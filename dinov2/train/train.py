@@ -286,5 +286,5 @@ def _speed_metrics(plan: RunPlan, env: Environment, step_s: float, data_s: float
 
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # not the modules beside this file, but the user's dataset classes in the current folder
+    sys.path = [*sys.path[1:], ""]  # not what lies beside this file, but the user's dataset classes in this folder
     end_program(main())
