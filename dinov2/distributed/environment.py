@@ -201,8 +201,9 @@ def _join_process_group(launch: LaunchEnvironment, *, device: torch.device, time
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeouts = read_timeouts(os.environ)
     store = meet(launch, timeout_s=timeouts.rendezvous_s)
-    heartbeat = Heartbeat(launch, store, timeout_s=timeouts.lost_rank_s)
+    heartbeat = None
     try:
+        heartbeat = Heartbeat(launch, store, timeout_s=timeouts.lost_rank_s)
         dist.init_process_group(
             backend,
             store=store,
@@ -211,7 +212,8 @@ def _join_process_group(launch: LaunchEnvironment, *, device: torch.device, time
             timeout=timedelta(seconds=timeout_s or timeouts.collective_s),
         )
     except (RuntimeError, ValueError) as error:
-        heartbeat.close(error)
+        if heartbeat is not None:
+            heartbeat.close(error)
         reason = (str(error).splitlines() or ["unknown reason"])[0]
         raise TrainingError(
             f"the {launch.world_size} ranks have met at {launch.address}:{launch.port} but cannot connect to each "

@@ -29,12 +29,12 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from dinov2.distributed.launch_environment import LaunchEnvironment
-from dinov2.distributed.rendezvous import ranks_in_words
+from dinov2.distributed.rendezvous import ranks_in_words, reason_of
 from dinov2.errors import Dinov2Error, TrainingError
 
 logger = logging.getLogger(__name__)
 
-_BEAT_S = 5.0  # at most; several fit into the time-out
+_BEAT_S = 2.0  # at most; several fit into the time-out
 _BEATS_IN_TIMEOUT = 6
 _VERDICT_S = 10.0  # how long a rank whose collective has failed waits to hear why
 _LAST_WORDS_S = 10.0  # for writing down why this process ends
@@ -109,7 +109,7 @@ class Heartbeat:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave, and tell the others of the error that this rank ends with, if there is one."""
-        is_failure = error is not None and not isinstance(error, KeyboardInterrupt | SystemExit)
+        is_failure = error is not None and not isinstance(error, SystemExit)
         self._is_closed = True
         self._wake()
         self._thread.join(_LAST_WORDS_S)
@@ -142,7 +142,7 @@ class Heartbeat:
         except OSError as error:
             raise TrainingError(
                 f"rank 0 cannot be reached at port {found['port']} of {self._launch.address} "
-                f"({error.strerror or error}), though it was at port {self._launch.port}: the ranks need all ports "
+                f"({reason_of(error)}), though it was at port {self._launch.port}: the ranks need all ports "
                 f"between their machines"
             ) from error
         self._add(_Peer(connection, time.monotonic(), rank=0, host=found["host"], pid=found["pid"]))
@@ -316,6 +316,8 @@ def _is_of_a_collective(error: BaseException | None) -> bool:
 
 
 def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     text = " ".join(str(error).split())[:_MAX_REASON_CHARS]
     return text if isinstance(error, Dinov2Error) else f"{type(error).__name__}: {text}"
 

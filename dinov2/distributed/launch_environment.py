@@ -117,7 +117,7 @@ def _read_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
         local_world_size=tasks_per_node[node],
         address=address,
         port=port,
-        one_gpu_per_process="SLURM_GPUS_PER_TASK" in variables,
+        one_gpu_per_process=_has_gpu_of_its_own(variables, num_tasks=tasks_per_node[node]),
     )
 
 
@@ -144,6 +144,12 @@ def read_job_id(variables: Mapping[str, str]) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in variables:
         return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables.get('SLURM_ARRAY_TASK_ID', '0')}"
     return variables.get("SLURM_JOB_ID") or variables.get("SUBMITIT_LOCAL_JOB_ID")
+
+
+def _has_gpu_of_its_own(variables: Mapping[str, str], *, num_tasks: int) -> bool:
+    """Say whether Slurm shows each task of this node its own GPU only, if it shows one: there are enough for all."""
+    on_node = variables.get("SLURM_GPUS_ON_NODE", "0")
+    return "SLURM_GPUS_PER_TASK" in variables or (on_node.isdecimal() and int(on_node) >= num_tasks)
 
 
 def first_slurm_host(node_list: str) -> str:

@@ -1,6 +1,7 @@
 """Where the processes of a program meet at its start, and who has not come when the time is over."""
 
 import itertools
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dinov2.errors import TrainingError
 
 _ALL_ARE_HERE = "all"
 _POLL_S = (0.01, 0.5)  # first and longest pause between two looks
+_PORT_IS_FREED_S = 15.0
 _VARIABLE = "DINOV2_RENDEZVOUS_TIMEOUT_S"
 _meetings = itertools.count()  # of this process: a second one must not find what the first one left
 
@@ -32,7 +34,9 @@ def meet(launch: LaunchEnvironment, *, timeout_s: float) -> dist.Store:
     """
     end_s = time.monotonic() + timeout_s
     serves = launch.rank == 0 and not launch.is_met_by_launcher
-    if not serves:
+    if serves:
+        _wait_for_port(launch, end_s=min(end_s, time.monotonic() + _PORT_IS_FREED_S))
+    else:
         _wait_for_server(launch, end_s=end_s, timeout_s=timeout_s)
     try:
         whole = dist.TCPStore(
@@ -47,12 +51,23 @@ def meet(launch: LaunchEnvironment, *, timeout_s: float) -> dist.Store:
         _wait_for_all(launch, store, end_s=end_s, timeout_s=timeout_s)
     except dist.DistError as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]
-        if serves and "EADDRINUSE" in reason:
-            raise TrainingError(
-                f"port {launch.port} of {launch.address} is in use by another program; set MASTER_PORT to another one"
-            ) from error
         raise TrainingError(f"the meeting of {launch.world_size} ranks at {_place(launch)} failed: {reason}") from error
     return store
+
+
+def _wait_for_port(launch: LaunchEnvironment, *, end_s: float) -> None:
+    """Wait until the port is free: the loader processes of a run that was killed hold it for some seconds more."""
+    for pause_s in _pauses():
+        try:
+            socket.create_server(("", launch.port)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end_s:
+                raise TrainingError(
+                    f"port {launch.port} of this machine cannot be opened for the other ranks "
+                    f"({reason_of(error)}); set MASTER_PORT to another one"
+                ) from error
+        time.sleep(pause_s)
 
 
 def _wait_for_server(launch: LaunchEnvironment, *, end_s: float, timeout_s: float) -> None:
@@ -65,7 +80,7 @@ def _wait_for_server(launch: LaunchEnvironment, *, end_s: float, timeout_s: floa
             if time.monotonic() >= end_s:
                 who = "torchrun" if launch.is_met_by_launcher else "rank 0"
                 raise TrainingError(
-                    f"nobody answers at {_place(launch)} after {timeout_s:g} s ({error.strerror or error}): {who} has "
+                    f"nobody answers at {_place(launch)} after {timeout_s:g} s ({reason_of(error)}): {who} has "
                     f"not started or has ended there, or a firewall is in between; look at its log, or give a slow "
                     f"start more time with {_VARIABLE}"
                 ) from error
@@ -88,6 +103,11 @@ def _wait_for_all(launch: LaunchEnvironment, store: dist.Store, *, end_s: float,
                 f"time with {_VARIABLE}"
             )
         time.sleep(pause_s)
+
+
+def reason_of(error: OSError) -> str:
+    """Say why, without the place."""
+    return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:

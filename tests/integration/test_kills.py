@@ -185,7 +185,8 @@ class Run:
         return killed
 
     def _train(self):
-        code = main(["--output-dir", str(self.folder), *self.options])
+        # Some die thrice before their first checkpoint.
+        code = main(["--retry", "--output-dir", str(self.folder), *self.options])
         (self.logs / "modules.txt").write_text("\n".join(sys.modules))
         return code
 
