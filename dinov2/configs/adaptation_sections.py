@@ -152,8 +152,7 @@ class GuardRailsConfig(Section):
     patience_steps: int = 10  # steps in a row that the mean is out of bounds: the first one warns, the last one ends
     patience_evaluations: int = 2  # evaluations in a row that are out of bounds: the first one warns, the last one ends
     max_blank_pct: float = 90.0  # crops of a single colour, 0..100; a folder of scans may well have some
-    # distance of images over that of two crops of one, see image_separation, >= 0; copies of one image give about 1
-    min_image_separation: float = 1.2
+    max_copies_pct: float = 90.0  # images that are there twice, of a batch or of those looked at first, 0..100
     min_feature_std_share: float = 0.3  # spread of the class tokens over the largest so far, 0..1
     min_target_information_share: float = 0.1  # what targets say of an image, over the most so far, 0..1
     min_teacher_momentum: float = 0.5  # below it the teacher is little but the student, 0..1; the parents go to 0.99
@@ -165,9 +164,8 @@ class GuardRailsConfig(Section):
     def __post_init__(self) -> None:
         for name in ("window_steps", "patience_steps", "patience_evaluations"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("min_image_separation", "max_drop_points"):
-            self.require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("max_blank_pct", "min_overlap_pct"):
+        self.require("max_drop_points", self.max_drop_points >= 0, "at least 0")
+        for name in ("max_blank_pct", "max_copies_pct", "min_overlap_pct"):
             self.require(name, 0 <= getattr(self, name) <= 100, "in 0..100")
         for name in ("feature_std_share", "target_information_share", "teacher_momentum", "rank_share"):
             self.require(f"min_{name}", 0 <= getattr(self, f"min_{name}") <= 1, "in 0..1")

@@ -3,7 +3,8 @@
 | sign | says | healthy | trouble |
 | --- | --- | --- | --- |
 | `blank_pct` | global crops of a single colour, in percent | near 0 | 100: there is nothing to learn from |
-| `image_separation` | how far images lie apart, beside two crops of one image | well above 1 | 1: images are copies |
+| `copies_pct` | global crops that another image of the batch has, too, in percent | near 0 | 100: one image |
+| `image_separation` | how far images lie apart, beside two crops of one image | above 1 | 1: not told apart |
 | `feature_std` | how far unit features spread over the sphere | steady | towards 0: the features collapse |
 | `prototype_usage` | share of the prototypes that the images of the batch are assigned to | steady | towards 1 / K |
 | `teacher_entropy` | how undecided the targets are, nats | steady, below log K | 0 or log K |
@@ -23,23 +24,45 @@ from dinov2.distributed import all_reduce_mean
 from dinov2.loss.assignments import Assignments
 
 _BLANK_RANGE = 0.05  # of normalised values: about three of 256 levels, so that compression does not hide a blank image
+_COPY_CORRELATION = 0.995  # of pixels: what differs is a tenth of what varies, as after strong compression
 
 
 def signs_of_crops(crops: Tensor) -> dict[str, Tensor]:
-    """Count the crops of a single colour: normalised images [2 * B, C, H, W] to a 0-dim percentage.
+    """Measure global crops, normalised images [2 * B, C, H, W], crop-major; see `blank_images` and `copied_images`.
 
-    What is added to a blank crop (jitter, blur, solarisation) leaves it blank.
+    What is added to a blank crop (jitter, blur, solarisation) leaves it blank. Copies of one image have other crops, as
+    a rule: those among the images of a folder are found by looking at whole images.
     """
-    lowest, highest = crops.flatten(2).aminmax(dim=2)  # [2 * B, C]
-    return {"blank_pct": 100 * (highest - lowest < _BLANK_RANGE).all(dim=1).float().mean()}
+    return {
+        "blank_pct": 100 * blank_images(crops).float().mean(),
+        "copies_pct": 100 * copied_images(crops.chunk(2)[0]).float().mean(),
+    }
+
+
+def blank_images(images: Tensor) -> Tensor:
+    """Tell which of the images [n, C, H, W] are of a single colour, [n] bool."""
+    lowest, highest = images.flatten(2).aminmax(dim=2)  # [n, C]
+    return (highest - lowest < _BLANK_RANGE).all(dim=1)
+
+
+def copied_images(images: Tensor) -> Tensor:
+    """Tell which of the images [n, C, H, W] are there twice, pixel by pixel, up to compression and contrast, [n] bool.
+
+    Blank images, which have no pattern to compare, are none of them.
+    """
+    pixels = images.float().flatten(1)
+    with torch.autocast(images.device.type, enabled=False):
+        pixels = F.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
+        correlations = (pixels @ pixels.T).fill_diagonal_(0)  # [n, n]
+    return (correlations.amax(dim=1) > _COPY_CORRELATION) & ~blank_images(images)
 
 
 def signs_of_features(cls: Tensor) -> dict[str, Tensor]:
     """Measure class tokens [2 * B, D], crop-major: their length, their spread and how far images lie apart.
 
     Separation is the ratio of variances of a one-way analysis of variance over unit features, an image being a group of
-    two crops. If the crops of a batch could as well be of one image, it is 1 on average; 0 where all features are the
-    same. A rank with one image has nothing to compare it with and gives none.
+    two crops. It is about 1 if the crops of a batch could as well be of one image: of copies, or of a texture that is
+    the same everywhere; 0 where all features are the same. A rank with one image gives none.
     """
     cls = cls.float()
     unit = F.normalize(cls, dim=-1)

@@ -48,8 +48,9 @@ class TeacherEvaluation:
         self.output_dir = output_dir
         configured = cfg.evaluation.knn.train_dataset_path is not None
         self.knn = OnlineKnn.from_config(cfg, device=env.device) if configured else None
-        preprocessed = NamedDataset(str(cfg.train.dataset_path), Preprocessed(dataset, build_eval_transform(cfg)))
-        images = preprocessed if self.knn is None else self.knn.train
+        self.training_images = Preprocessed(dataset, build_eval_transform(cfg))
+        images = NamedDataset(str(cfg.train.dataset_path), self.training_images)
+        images = images if self.knn is None else self.knn.train
         self.health = OnlineHealth.from_config(cfg, images, device=env.device)
         self.best = BestTeacher(output_dir, BestRule.from_config(cfg))
         self.last_scores: dict[str, float] = {}

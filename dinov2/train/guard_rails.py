@@ -1,13 +1,14 @@
 """Guard rails: notice a run that destroys its features, warn, then end it with the reason.
 
-Signs of each step (`dinov2.train.collapse_signs`) are averaged over some steps, and the mean must stay within bounds;
-scores of evaluations are compared with those of the start. What is out of bounds warns once; if it stays so for as many
+Before the first step some of the training images are looked at. Signs of each step (`dinov2.train.collapse_signs`) are
+averaged over some steps, and the mean must stay within bounds; scores of evaluations are compared with those of the
+start. What is out of bounds warns once; if it stays so for as many
 steps or evaluations in a row as `guard_rails.patience_*` says, the run ends.
 
 | cause | sign | out of bounds |
 | --- | --- | --- |
-| blank | `blank_pct` | nearly all crops are of a single colour |
-| copies | `image_separation` | images have never been further apart than two crops of one image |
+| blank | `blank_pct`, images | nearly all are of a single colour |
+| copies | `copies_pct`, images | nearly all are there twice |
 | momentum | `mom` | the teacher is little but the student |
 | collapse | `feature_std`, `student_feature_std` | far below the highest so far: all images look alike |
 | targets | `target_information` | far below the most so far: targets do not depend on the image |
@@ -20,28 +21,35 @@ The logic is pure: it takes numbers and gives alarms. All ranks see the same num
 goes on is brought to the same state from its metrics file.
 """
 
+import contextlib
 import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from dinov2.configs import Config
 from dinov2.configs.adaptation_sections import GuardRailsConfig
 from dinov2.distributed import is_main_process
-from dinov2.errors import TrainingError
+from dinov2.errors import Dinov2Error, TrainingError
+from dinov2.eval.health_views import choose_images
 from dinov2.eval.knn_online import SCORE_NAME
 from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.train.best_teacher import START, BestRule
+from dinov2.train.collapse_signs import blank_images, copied_images
 from dinov2.train.evaluation import TeacherEvaluation
 
 logger = logging.getLogger("dinov2.train")
 
 Verdict = tuple[str, str]  # cause, what is wrong and what to do
-_HIGHEST_COUNT = ("feature_std", "student_feature_std", "target_information", "image_separation")
+_HIGHEST_COUNT = ("feature_std", "student_feature_std", "target_information")
+_NUM_IMAGES = 64  # looked at before the first step
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class GuardRails:
     Args:
         limits: settings of the bounds.
         stops: end the run, not only warn.
-        knows_images: the run starts from weights, whose features tell images apart if anything does.
+        has_weights: the run starts from given weights, which are worth keeping.
         start_scores: of the evaluation before the first step; empty without one.
         below_start: None: a run may stay worse than its start, as far as the other bounds let it.
     """
@@ -99,13 +107,13 @@ class GuardRails:
         limits: GuardRailsConfig,
         *,
         stops: bool,
-        knows_images: bool,
+        has_weights: bool,
         start_scores: Mapping[str, float],
         below_start: BelowStart | None,
     ) -> None:
         self.limits = limits
         self.stops = stops
-        self.knows_images = knows_images
+        self.has_weights = has_weights
         self.start_scores = dict(start_scores)
         self.below_start = below_start
         self._window: deque[Mapping[str, float]] = deque(maxlen=limits.window_steps)
@@ -127,7 +135,7 @@ class GuardRails:
         return cls(
             limits,
             stops=limits.action == "stop" or (limits.action == "auto" and has_weights),
-            knows_images=has_weights,
+            has_weights=has_weights,
             start_scores=start_scores,
             below_start=below_start if evaluation.stop_below_start else None,
         )
@@ -142,6 +150,27 @@ class GuardRails:
                     if "rankme" in known or SCORE_NAME in known:
                         self.see_scores(known)
         return self
+
+    def note_images(self, images: Tensor) -> None:
+        """Judge some of the training images [n, C, H, W], normalised, before the first step.
+
+        Raises:
+            TrainingError: nearly all are blank, or copies.
+        """
+        if self.limits.action == "off" or len(images) < 2:
+            return
+        blank, copied = (100 * found.float().mean().item() for found in (blank_images(images), copied_images(images)))
+        of_all = f"of {len(images)} images of train.dataset_path that were looked at"
+        if blank >= self.limits.max_blank_pct:
+            sentence = f"{blank:.0f} % {of_all} are of a single colour: there is nothing to learn from"
+        elif copied >= self.limits.max_copies_pct:
+            sentence = f"{copied:.0f} % {of_all} are copies of each other: there is nothing to tell apart"
+        else:
+            return
+        sentence = f"before the first step: {sentence}; look at them (run/preview.py, run/check_data.py)"
+        if self.stops:
+            raise TrainingError(sentence)
+        logger.warning("%s", sentence)
 
     def note_steps(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Take the metrics of steps in their order, means over ranks; called by all ranks.
@@ -202,13 +231,11 @@ class GuardRails:
                 f"{means['blank_pct']:.0f} % of the crops {steps} were of a single colour: there is nothing to learn "
                 f"from; look at the images of train.dataset_path (run/preview.py, run/check_data.py)",
             )
-        separation = self._highest.get("image_separation", math.inf)
-        if self.knows_images and separation < limits.min_image_separation:
+        if means.get("copies_pct", 0.0) >= limits.max_copies_pct:
             yield (
                 "copies",
-                f"the images of a batch are copies of each other, or nearly: {steps} they were no further apart than "
-                f"two crops of one image (image_separation={means['image_separation']:.2f}, copies give about 1); look "
-                f"for duplicates in train.dataset_path (run/check_data.py)",
+                f"{means['copies_pct']:.0f} % of the crops {steps} were those of another image of the same batch, too: "
+                f"the batches are made of copies; look for duplicates in train.dataset_path (run/check_data.py)",
             )
         if means.get("mom", 1.0) < limits.min_teacher_momentum:
             yield (
@@ -251,7 +278,7 @@ class GuardRails:
             )
         overlap = scores.get("nn_overlap_with_start_pct", 100.0)
         is_better = math.isfinite(fall) and fall < 0
-        if self.knows_images and overlap < limits.min_overlap_pct and not is_better:
+        if self.has_weights and overlap < limits.min_overlap_pct and not is_better:
             yield (
                 "overlap",
                 f"the features are others than those of the start, and no score is better for it: {overlap:.0f} % "
@@ -283,6 +310,22 @@ class GuardRails:
 
 
 def open_guard_rails(cfg: Config, evaluate: TeacherEvaluation, *, output_dir: Path, start_step: int) -> GuardRails:
-    """Build the guard rails of a run and let them see what it did before it was interrupted; for rank 0."""
+    """Build the guard rails of a run and let them see its images, or what it did before it was interrupted; for rank 0.
+
+    Raises:
+        TrainingError: nearly all images are blank, or copies.
+    """
     rails = GuardRails.from_config(cfg, start_scores=evaluate.scores_of(START))
-    return rails.replay(output_dir / METRICS_NAME, before_step=start_step)
+    if start_step:
+        return rails.replay(output_dir / METRICS_NAME, before_step=start_step)
+    rails.note_images(_some_images(evaluate.training_images))
+    return rails
+
+
+def _some_images(dataset: Any) -> Tensor:
+    """Read a few images from all over a dataset, [n, C, H, W]; those that cannot be read are left out."""
+    images = []
+    for place in choose_images(len(dataset), at_most=_NUM_IMAGES).tolist():
+        with contextlib.suppress(Dinov2Error):  # training will meet it, and say so
+            images.append(dataset[place][0])
+    return torch.stack(images) if images else torch.empty(0)

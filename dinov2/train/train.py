@@ -150,7 +150,6 @@ def do_train(
 
     samples_seen = start.samples_seen
     cancelled = CancelledSteps()
-    rails = on_main_first(lambda: open_guard_rails(cfg, evaluate, output_dir=output_dir, start_step=start.step))
     open_batches = partial(build_batches, dataset=dataset, env=env, output_dir=output_dir)
     build_log = partial(build_metric_logger, last_step=stages.last_step, output_dir=output_dir)
     with (
@@ -160,6 +159,7 @@ def do_train(
         CurrentStage(stages, model=model, optimizer=optimizer, saver=saver, open_batches=open_batches) as current,
         on_every_rank(lambda: build_log(cfg, start_step=start.step)) as log,
     ):
+        rails = on_main_first(lambda: open_guard_rails(cfg, evaluate, output_dir=output_dir, start_step=start.step))
         if start.step and stages.at(start.step - 1).is_evaluated_after(start.step - 1):
             # It may have been killed since its last checkpoint, before it was evaluated.
             scores = evaluate.if_missing(model, f"training_{start.step - 1}")

@@ -8,7 +8,14 @@ from support.dist import run_distributed
 
 from dinov2.distributed import get_rank
 from dinov2.loss.assignments import Assignments
-from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_student, signs_of_targets
+from dinov2.train.collapse_signs import (
+    blank_images,
+    copied_images,
+    signs_of_crops,
+    signs_of_features,
+    signs_of_student,
+    signs_of_targets,
+)
 
 NUM_IMAGES, DIM, NUM_PROTOTYPES = 64, 32, 8
 
@@ -29,6 +36,17 @@ def test_blank_crops_of_any_colour_are_counted():
     crops[2] = crops[2] * 1e-3  # compression leaves a blank image a little restless
     crops[3, :2] = 0  # one channel still has something to see
     assert signs_of_crops(crops)["blank_pct"] == pytest.approx(100 * 3 / 8)
+
+
+def test_copies_are_found_whatever_their_brightness_and_compression():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 16, 16, generator=generator)
+    images[1] = 0.7 * images[0] + 0.4 + 0.02 * torch.randn(3, 16, 16, generator=generator)
+    images[4:] = 1.0  # blank ones are counted elsewhere
+    assert copied_images(images).tolist() == [True, True, False, False, False, False]
+    assert blank_images(images).tolist() == [False] * 4 + [True] * 2
+    crops = torch.cat([images, torch.randn(6, 3, 16, 16, generator=generator)])
+    assert signs_of_crops(crops)["copies_pct"] == pytest.approx(100 * 2 / 6)
 
 
 def test_separation_is_an_analysis_of_variance():

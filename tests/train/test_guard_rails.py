@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dinov2.configs import load_config
 from dinov2.configs.adaptation_sections import GuardRailsConfig
@@ -16,7 +17,7 @@ LIMITS = GuardRailsConfig(window_steps=2, patience_steps=3)
 HEALTHY = {
     "total_loss": 10.0,
     "blank_pct": 2.0,
-    "image_separation": 2.5,
+    "copies_pct": 5.0,
     "mom": 0.99,
     "lr": 5e-3,
     "feature_std": 0.6,
@@ -27,8 +28,8 @@ START = {"knn_top1_pct": 80.0, "rankme": 100.0}
 ADVICE = "the learning rate is the usual cause (lr=0.005 now): lower optim.base_lr, or lengthen optim.warmup_epochs"
 
 
-def guard(limits=LIMITS, *, stops=True, knows_images=True, start=START, below_start=None):
-    return GuardRails(limits, stops=stops, knows_images=knows_images, start_scores=start, below_start=below_start)
+def guard(limits=LIMITS, *, stops=True, start=START, below_start=None):
+    return GuardRails(limits, stops=stops, has_weights=True, start_scores=start, below_start=below_start)
 
 
 def steps_of(*changes, first=0):
@@ -48,10 +49,9 @@ def run(rails, *changes):
             "the images of train.dataset_path (run/preview.py, run/check_data.py)",
         ),
         (
-            {"image_separation": 0.95},
-            "the images of a batch are copies of each other, or nearly: in the last 2 steps they were no further apart "
-            "than two crops of one image (image_separation=0.95, copies give about 1); look for duplicates in "
-            "train.dataset_path (run/check_data.py)",
+            {"copies_pct": 100.0},
+            "100 % of the crops in the last 2 steps were those of another image of the same batch, too: the batches "
+            "are made of copies; look for duplicates in train.dataset_path (run/check_data.py)",
         ),
         (
             {"mom": 0.0},
@@ -99,12 +99,37 @@ def test_healthy_steps_and_short_troubles_end_nothing(caplog):
     assert len(caplog.records) == 1  # a cause warns once
 
 
-def test_images_that_were_told_apart_before_are_no_copies():
-    run(guard(), *[{}] * 3, *[{"image_separation": 1.0}] * 10)
+def some_images(num=16):
+    return torch.randn(num, 3, 14, 14, generator=torch.Generator().manual_seed(0))
 
 
-def test_random_networks_cannot_tell_copies():
-    run(guard(knows_images=False), *[{"image_separation": 1.0}] * 10)
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (
+            torch.ones(16, 3, 14, 14),
+            "100 % of 16 images of train.dataset_path that were looked at are of a single colour",
+        ),
+        (
+            some_images()[:1].expand(16, -1, -1, -1),
+            "100 % of 16 images of train.dataset_path that were looked at are copies",
+        ),
+    ],
+)
+def test_images_that_teach_nothing_end_a_run_before_its_first_step(images, sentence, caplog):
+    with pytest.raises(TrainingError, match=f"^before the first step: {sentence}"):
+        guard().note_images(images)
+    guard(stops=False).note_images(images)
+    assert len(caplog.records) == 1 and sentence in caplog.text
+
+
+def test_images_of_which_some_are_copies_or_blank_are_fine(caplog):
+    images = some_images()
+    images[:4], images[4:8] = images[8:12], 0
+    guard().note_images(images)
+    guard().note_images(images[:1])
+    guard(replace(LIMITS, action="off")).note_images(torch.zeros_like(images))
+    assert not caplog.records
 
 
 def test_only_warning_and_watching_nothing(caplog):
