@@ -40,21 +40,27 @@ _VERDICT_S = 10.0  # how long a rank whose collective has failed waits to hear w
 _LAST_WORDS_S = 10.0  # for writing down why this process ends
 _MAX_REASON_CHARS = 500
 _ADDRESS_KEY = "heartbeat"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_MAX_LINE_BYTES = 1 << 14
+_LOOPBACK = ("localhost", "127.0.0.1")
 
 
 @dataclass
 class _Peer:
-    """The other end of a connection."""
+    """The other end of a connection; a stranger, of whom nothing is believed, until its first line tells the token."""
 
     connection: socket.socket
     heard_at_s: float
-    rank: int = -1  # not known before its first line
+    rank: int = -1  # of a stranger
     host: str = ""
     pid: int = 0
     step: int | None = None
     has_left: bool = False
     unread: bytes = b""
+
+    @property
+    def is_watched(self) -> bool:
+        """Say whether its end would be missed."""
+        return self.rank >= 0 and not self.has_left
 
 
 class Heartbeat:
@@ -193,21 +199,23 @@ class Heartbeat:
             received = b""
         if not received:
             self._drop(peer)
-            return None if peer.has_left or peer.rank < 0 else peer
+            return peer if peer.is_watched else None
         peer.heard_at_s = time.monotonic()
         *lines, peer.unread = (peer.unread + received).split(b"\n")
         for line in lines:
-            if peer in self._peers:  # not one that told the wrong token
+            if peer in self._peers:  # not a stranger that told something else
                 self._heed(peer, line)
+        if len(peer.unread) > _MAX_LINE_BYTES and peer in self._peers:
+            self._drop(peer)
         return None
 
     def _heed(self, peer: _Peer, line: bytes) -> None:
         try:
             message: dict[str, Any] = json.loads(line)
         except ValueError:
-            return
+            message = {}
         if peer.rank < 0:
-            if message.get("token") != self._token:
+            if not isinstance(message, dict) or message.get("token") != self._token:
                 self._drop(peer)
                 return
             peer.rank, peer.host, peer.pid = message["rank"], message["host"], message["pid"]
@@ -229,11 +237,10 @@ class Heartbeat:
         self._peers.remove(peer)
 
     def _look_for_the_silent(self, now_s: float) -> None:
-        silent = [peer for peer in self._peers if now_s - peer.heard_at_s > self._timeout_s and not peer.has_left]
-        if silent:
-            # Those of the same machine follow within a beat or two; they are named together.
+        if any(now_s - peer.heard_at_s > self._timeout_s for peer in self._peers if peer.is_watched):
+            # Others of the same machine follow within a beat or two; they are named together.
             late_s = self._timeout_s / 2
-            silent = [peer for peer in self._peers if now_s - peer.heard_at_s > late_s and not peer.has_left]
+            silent = [peer for peer in self._peers if now_s - peer.heard_at_s > late_s and peer.is_watched]
             self._find(
                 f"{_names(silent)} {_have(silent)} not answered for {self._timeout_s:g} s{_last_step(silent)}: the "
                 f"machine or the network to it is gone, or the process is suspended"
@@ -253,7 +260,7 @@ class Heartbeat:
     def _tell_all(self, message: dict[str, Any]) -> None:
         if "lost" in message and self._launch.rank != 0:
             return  # it is rank 0 that is lost or has told this
-        for peer in self._peers:
+        for peer in filter(lambda peer: peer.rank >= 0, self._peers):
             with contextlib.suppress(OSError):  # it does not read; it will be found silent
                 peer.connection.send(_line(message))
 

@@ -1,9 +1,11 @@
 """When one rank ends, is suspended or fails, the others end too, soon and with one sentence."""
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from support.dist import run_alone
 from support.fork_server import ForkedRanks
 
 from dinov2 import distributed
+from dinov2.distributed.heartbeat import Heartbeat
+from dinov2.distributed.launch_environment import LaunchEnvironment
 from dinov2.logging import run_program
 
 ENDS_WITHIN_S = 30
@@ -110,12 +114,31 @@ CASES = {
 }
 
 
+def test_strangers_are_neither_believed_nor_missed(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store = torch.distributed.HashStore()
+    beats = []
+    for rank in range(2):
+        launch = LaunchEnvironment(rank=rank, world_size=2, local_rank=rank, local_world_size=2, address="127.0.0.1")
+        beats.append(Heartbeat(launch, store, timeout_s=0.4))
+    port = json.loads(store.get("heartbeat"))["port"]
+    for words in (b"", b"[]\n", b'{"failed": "a lie"}\n', b"x" * 100_000, b'{"token": "wrong"}\n{"lost": "a lie"}\n'):
+        stranger = socket.create_connection(("127.0.0.1", port))
+        stranger.sendall(words)
+        if words:
+            stranger.close()
+    time.sleep(0.8)  # the first one stays, without a word, for longer than a rank may
+    for beat in beats:
+        beat.close()
+    assert not ended
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return run_alone(run_cases, args={"folder": str(tmp_path_factory.mktemp("cases"))}, timeout_s=240)
 
 
-pytestmark = pytest.mark.dist
 END = "; all ranks end, start again to go on\n"
 
 
@@ -123,6 +146,7 @@ def errors_of(text):
     return [re.sub(r"process \d+ on [^)]+\)", "process P on H)", line) for line in text.splitlines(keepends=True)]
 
 
+@pytest.mark.dist
 def test_a_killed_rank_ends_the_others_with_one_sentence(found):
     codes, logs = found["killed"]
     assert codes == [1, 1, -9]
@@ -131,12 +155,14 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(found):
     assert logs[1] == "ready\n"  # rank 0 has said it
 
 
+@pytest.mark.dist
 def test_a_rank_that_is_in_no_collective_ends_too(found):
     codes, logs = found["killed outside of collectives"]
     assert codes == [1, -9]
     assert errors_of(logs[0])[1:] == [f"error: rank 0: rank 1 (process P on H) has ended without a word{END}"]
 
 
+@pytest.mark.dist
 def test_all_tell_that_rank_0_has_ended(found):
     codes, logs = found["rank 0 killed"]
     assert codes == [-9, 1, 1]
@@ -145,6 +171,7 @@ def test_all_tell_that_rank_0_has_ended(found):
         assert errors_of(logs[rank])[1:] == [sentence]
 
 
+@pytest.mark.dist
 def test_a_rank_that_gives_no_sign_of_life_is_given_up_after_the_time_out(found):
     codes, logs = found["suspended"]
     assert codes == [1, -9]
@@ -154,6 +181,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_given_up_after_the_time_out(found)
     ]
 
 
+@pytest.mark.dist
 def test_a_rank_that_fails_alone_is_named_with_its_error(found):
     codes, logs = found["failed alone"]
     assert codes == [1, 1]
@@ -163,10 +191,12 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(found):
     assert "Traceback" in logs[1]
 
 
+@pytest.mark.dist
 def test_long_work_is_no_silence_and_leaving_is_no_end(found):
     assert found["long"] == [[0, 0], ["done\n", "done\n"]]
 
 
+@pytest.mark.dist
 def test_ranks_that_did_not_come_are_named(found):
     codes, logs = found["did not come"]
     assert codes == [1, 0, 1]
