@@ -129,6 +129,25 @@ def test_a_stage_of_larger_crops_for_both_families(tmp_path, family):
         assert one[name].shape == (1, 17, 32) and not torch.equal(one[name], two[name])
 
 
+def test_gram_anchoring_in_the_stage_of_larger_crops(tmp_path, whole_run):
+    stages = "stages=[{name: adapt}, {name: large, crops: {global_crops_size: 48, gram_teacher_crops_size: 64}}]"
+    options = [
+        stages,
+        f"student.pretrained_weights={whole_run}/eval/training_3/teacher_checkpoint.pth",
+        "train.OFFICIAL_EPOCH_LENGTH=1",
+        "lora.rank=2",
+        "gram.use_loss=true",
+        "gram.ckpt=start",
+        "gram.rep_update=false",
+        "gram.loss_weight=0",
+        "stages.large.gram.loss_weight=2",
+        "stages.large.optim.min_lr=0.001",
+    ]
+    assert train(tmp_path, *options) == 0
+    before, after = metrics_of(tmp_path)
+    assert "gram_loss" not in before and after["gram_loss"] > 0 and after["gram_loss_weight"] == 2
+
+
 @pytest.mark.dist
 def test_two_processes_resume_at_the_boundary_bit_for_bit(tmp_path):
     options = [*STAGED, "compute_precision.sharding_strategy=FULL_SHARD", "stages.wide.train.batch_size_per_gpu=3"]
