@@ -5,7 +5,7 @@ reach a pretrained backbone are noise. Here the MLP starts as a projection to th
 features, centred and half whitened, and the prototypes as centres of the images' clusters there.
 
 Half whitening divides an axis by the root of its standard deviation: unscaled, the first few axes would decide alone;
-fully whitened, noise would count as much. What it is worth stands in benchmarks/prototype_init_cpu_202611.md.
+fully whitened, noise would count as much. What it is worth stands in benchmarks/small_batches_cpu_202611.md.
 
 Shapes: n crops, P patches of each, N inputs of a head, D features of the backbone, d of the bottleneck, K prototypes.
 """
@@ -100,12 +100,10 @@ def start_heads(
         on_bad_image: error, or skip: another image takes its place.
 
     Raises:
-        DatasetError: an image cannot be read, or there are fewer than two.
+        DatasetError: an image cannot be read, or the backbone sees no difference between them.
     """
     own_seed = derive_seed(seed, _STREAM)
     crops = FirstCrops(TrainingSamples(dataset, augmentation, seed=own_seed, on_bad_image=on_bad_image), num_crops)
-    if len(crops) < 2:
-        raise DatasetError("prototype_init=kmeans needs at least 2 crops, and the training set has 1 image")
     has_patch_loss = "ibot_head" in model.student or model.ibot_loss_weight > 0
     values, _ = extract_features(
         _Tokens(model.teacher["backbone"], num_patches=PATCHES_OF_A_CROP * has_patch_loss, seed=own_seed),

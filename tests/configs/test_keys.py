@@ -24,7 +24,14 @@ SCHEDULES = [
 NO_VIT = [f"student.{key}=null" for key in ("embed_dim", "depth", "num_heads")]
 WEIGHTS = "student.pretrained_weights=FOLDER/adamw/eval/start/teacher_checkpoint.pth"
 RUNS = {
-    "adamw": [*KNN, "evaluation.at_start=true", "ibot.separate_head=true", "train.max_steps=3"],
+    "adamw": [
+        *KNN,
+        "evaluation.at_start=true",
+        "ibot.separate_head=true",
+        "dino.prototype_init=kmeans",
+        "train.prototype_init_crops=20",
+        "train.max_steps=3",
+    ],
     "sgd_fp16": [
         WEIGHTS,
         "lora.rank=2",
