@@ -67,7 +67,7 @@ class ProgramJob:
 
     def run(self, job_id: str, variables: Mapping[str, str]) -> int:
         """Run the program as one process with these variables, and return its exit code."""
-        with Processes() as processes:
+        with Processes(in_own_sessions=True) as processes:
             return processes.wait(self._start(processes, job_id, variables))
 
     def __call__(self) -> int:

@@ -49,7 +49,7 @@ class LocalRanks:
 
     def _run_once(self, job: "ProgramJob", *, folder: Path, job_id: str, number: int) -> Attempt:
         deadline = time.monotonic() + job.timeout_s
-        with Processes() as processes, contextlib.ExitStack() as logs:
+        with Processes(in_own_sessions=True) as processes, contextlib.ExitStack() as logs:
             ranks = []
             port = _free_port()
             for rank in range(self.num_ranks):

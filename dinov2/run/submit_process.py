@@ -22,11 +22,15 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class Processes:
     """Processes of one program; while this is entered, a signal to this process is passed on to them.
 
-    Ctrl-C and the end of a terminal become SIGTERM, for which the programs save. They run in sessions of their own, so
-    that a terminal does not signal them as well, and are told to end if this process is killed.
+    Ctrl-C and the end of a terminal become SIGTERM, for which the programs save; they are also told to end if this
+    process is killed.
+
+    Args:
+        in_own_sessions: where a terminal does not signal them as well; Slurm may lose sight of them there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_own_sessions: bool = False) -> None:
+        self._in_own_sessions = in_own_sessions
         self.stopped_by: str | None = None  # the first signal
         self._running: list[subprocess.Popen[bytes]] = []
         self._previous: dict[int, object] = {}
@@ -55,7 +59,7 @@ class Processes:
             env=dict(variables),
             stdout=output,
             stderr=error,
-            start_new_session=True,
+            start_new_session=self._in_own_sessions,
             preexec_fn=end_with_parent,
         )
         self._running.append(process)

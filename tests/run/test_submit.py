@@ -302,6 +302,19 @@ def test_a_sweep_on_this_machine_runs_its_jobs_in_turn(program, capsys):
 
 
 @pytest.mark.dist
+def test_jobs_that_run_together_share_out_the_gpus(program, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    program.write_text("import os, sys\nprint(sys.argv[-1], os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    sweep = ["--cluster", "local", "--sweep", "b=1,2", "--array", "2"]
+    assert main([*sweep, str(program)]) == 0
+    out = capsys.readouterr().out
+    assert "[b=1] b=1 4\n" in out and "[b=2] b=2 5\n" in out
+    ending = "4 GPUs would be in use at the same time and this machine has 3; give a smaller --array"
+    assert fails_with(capsys, [*sweep, "--ngpus", "2", str(program)]) == f"error: --array 2 --ngpus 2: {ending}"
+
+
+@pytest.mark.dist
 def test_knn_runs_as_a_job_of_two_processes(tmp_path):
     model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)
     model.init_weights(torch.Generator().manual_seed(0))
