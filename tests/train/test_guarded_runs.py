@@ -144,7 +144,7 @@ def test_a_run_that_stays_below_its_start_is_ended_and_its_start_is_the_best(tmp
 
 @pytest.mark.dist
 def test_all_ranks_end_together(tmp_path, weights):
-    options = (f"student.pretrained_weights={weights}", "student.layerscale=1", *QUICK, "teacher.momentum_teacher=0")
+    options = (f"student.pretrained_weights={weights}", "student.layerscale=1", *QUICK, *EVALUATED)
     with pytest.raises(Exception, match="the teacher's momentum was 0"):
-        train_in_turns([(tmp_path, (*options, "train.batch_size_per_gpu=6", "evaluation.at_start=true"))])
+        train_in_turns([(tmp_path, (*options, "train.batch_size_per_gpu=6", "teacher.momentum_teacher=0"))])
     assert len(metrics_of(tmp_path)) == 3
