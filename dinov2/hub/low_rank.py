@@ -51,8 +51,8 @@ def _alpha(config: str, *, where: str) -> float:
         return float(json.loads(config)["lora"]["alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{where}: holds low-rank updates, and no lora.alpha of the run that trained them; give the teacher, which "
-            f"has none"
+            f"{where}: holds low-rank updates, and no lora.alpha of the run that trained them; give a "
+            f"teacher_checkpoint.pth of that run, which has none"
         ) from error
 
 
