@@ -46,7 +46,7 @@ POOL = 256  # images that are measured; the others are clustered and are neighbo
 TEMPERATURE = 0.05
 STEP = 0.2  # of a class token's length
 REPEATS = 3  # draws of the heads
-QUEUES = (0, 128, 512)  # images
+QUEUES = (0, 64, 128, 384)  # images
 
 
 def main() -> None:
@@ -149,8 +149,9 @@ def targets_beside(views: Tensor, *, batch: int, num_prototypes: int) -> dict[in
     """Measure the targets of passes of `batch` images, by the number of images in the queue, against those of all."""
     generator, head = torch.Generator().manual_seed(0), DINOHead(views.shape[2], num_prototypes)
     head.init_weights(generator)
-    start_head(head, views[0, :-POOL], generator=generator, device=CPU)
-    scores = head(views.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, 2))  # [images, 2, K]
+    clustered, others = views[:, :POOL], views[:, POOL:]  # a crop that prototypes were made of is like no other one
+    start_head(head, clustered[0], generator=generator, device=CPU)
+    scores = head(others.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, 2))  # [images, 2, K]
 
     def assign(start: int, stop: int, *, queue: int = 0) -> Tensor:
         past = scores[start - queue : start].flatten(0, 1)
