@@ -109,9 +109,13 @@ def plan_jobs(
         run_dir = output_dir or cfg.train.output_dir
         output_dir = run_dir if "%j" in run_dir else output_dir
         options = replace(options, output_dir=run_dir)
+    # On this machine the jobs of a sweep have no number in common, but the launcher that starts them.
+    shared_dir = (
+        options.output_dir if options.cluster == "slurm" else options.output_dir.replace("%j", str(os.getpid()))
+    )
     jobs = []
     for run in runs:
-        told = str(Path(options.output_dir) / run.name) if run.name else output_dir
+        told = str(Path(shared_dir) / run.name) if run.name else output_dir
         job = ProgramJob(
             program=program.resolve(),
             arguments=(*passed_on, *run.overrides),
@@ -120,6 +124,7 @@ def plan_jobs(
             limits=options.limits,
             timeout_s=options.timeout_min * 60,
             signal_delay_s=options.signal_delay_s,
+            is_swept=bool(run.name),
             run_dir=None if run_dir is None else told or run_dir,
             local=_local_ranks(options),
         )

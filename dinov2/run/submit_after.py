@@ -59,7 +59,12 @@ def conclude(job: ProgramJob, record: Record, *, folder: Path, job_id: str, code
         attempt = replace(attempt, code=failed.code, rank=failed.rank, host=failed.host)
     stopped_by = next((end.stopped_by for end in ends if end.stopped_by is not None), None)
     was_warned = stopped_by is not None and slurm.left_s < job.signal_delay_s + _LIMIT_CHECK_S
-    attempt = replace(attempt, stopped_by=stopped_by, at_time_limit=was_warned or slurm.is_over_time)
+    attempt = replace(
+        attempt,
+        stopped_by=stopped_by,
+        at_time_limit=was_warned or slurm.is_over_time,
+        was_preempted=slurm.is_preempted,
+    )
     log = str(log_of(folder, job_id, attempt.rank or 0))
     verdict = judge([*record.attempts, attempt], job.limits, is_cancelled=slurm.is_cancelled, log=log)
     record.add(attempt, verdict)
@@ -70,7 +75,7 @@ def conclude(job: ProgramJob, record: Record, *, folder: Path, job_id: str, code
 def _requeue(record: Record, job_id: str) -> int:
     """Put the job back into the queue, which ends it here; it has ended for good if Slurm refuses."""
     result = _scontrol("requeue", job_id)
-    if result.returncode == 0:
+    if result.returncode == 0 or record.attempts[-1].was_preempted:  # then Slurm may do it by itself
         return 0
     reason = " ".join(result.stderr.split()) or "no reason given"
     sentence = f"Slurm does not requeue job {job_id} ({reason}); submit again to go on"
@@ -107,7 +112,8 @@ def _collect_ends(folder: Path, job_id: str) -> list[RankEnd]:
 class _SlurmView:
     """What Slurm says about a job that runs or has just been ended."""
 
-    is_cancelled: bool  # or requeued by Slurm itself
+    is_cancelled: bool
+    is_preempted: bool  # it has been told to give way, or has been made to
     is_over_time: bool  # ended at its time limit, because it had not ended when it was told to
     left_s: float  # before the time limit; infinite where the end has another cause or is not known
 
@@ -117,11 +123,14 @@ class _SlurmView:
         facts = dict(re.findall(r"(\w+)=(\S*)", result.stdout))
         is_running = facts.get("JobState", "RUNNING") == "RUNNING"
         is_over_time = not is_running and facts.get("Reason") == "TimeLimit"
+        preempted = facts.get("PreemptTime", "None")
+        is_preempted = preempted != "None" and preempted >= facts.get("StartTime", "")  # in this attempt
+        is_cancelled = not (is_running or is_over_time or is_preempted)
         left_s = math.inf
-        if is_running and facts.get("PreemptTime", "None") == "None":
+        if is_running and not is_preempted:
             with contextlib.suppress(KeyError, ValueError):
                 left_s = (datetime.fromisoformat(facts["EndTime"]) - datetime.now()).total_seconds()
-        return cls(is_cancelled=not is_running and not is_over_time, is_over_time=is_over_time, left_s=left_s)
+        return cls(is_cancelled=is_cancelled, is_preempted=is_preempted, is_over_time=is_over_time, left_s=left_s)
 
 
 if __name__ == "__main__":

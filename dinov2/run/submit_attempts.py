@@ -51,6 +51,7 @@ class Attempt:
     host: str | None = None  # of that rank
     stopped_by: str | None = None  # signal that told the program to stop
     at_time_limit: bool = False
+    was_preempted: bool = False  # Slurm has taken its nodes, for a job that goes first
     progress: Progress = Progress()
     verdict: str = ""
     reason: str = ""
@@ -135,6 +136,8 @@ def judge(attempts: Sequence[Attempt], limits: Limits, *, is_cancelled: bool, lo
         return Verdict(kind=STOPPED if last.progress.state == "stopped" else FINISHED, reason=_how(last))
     if is_cancelled and not last.has_failed:
         return Verdict(kind=STOPPED, reason=_how(last), code=last.code)
+    if last.was_preempted:
+        return _after_stop(attempts, limits)
     may_start_again = limits.knows_steps or not last.at_time_limit
     if last.code == 0 or (last.was_ended_by_its_signal and may_start_again):
         return _after_stop(attempts, limits)
@@ -211,7 +214,7 @@ def _latest_at_one_step(attempts: Sequence[Attempt], limits: Limits) -> Sequence
 
 def _how(attempt: Attempt) -> str:
     at_step = "" if attempt.progress.step is None else f" at step {attempt.progress.step}"
-    limit = " (time limit)" if attempt.at_time_limit else ""
+    limit = " (time limit)" if attempt.at_time_limit else " (preempted)" if attempt.was_preempted else ""
     if attempt.code == 0 and attempt.stopped_by is None:
         return "stopped on request" + at_step if attempt.progress.state == "stopped" else "done"
     if attempt.code == 0:

@@ -52,18 +52,19 @@ class ProgramJob:
     limits: Limits
     timeout_s: float  # of the job
     signal_delay_s: float  # that the program is told to stop ahead of it
+    is_swept: bool = False  # one of the jobs of a sweep: %j is the number that they share
     run_dir: str | None = None  # where it writes, if it is known and a training; may hold %j
     code: Path | None = None  # copy of the library to run
     local: LocalRanks | None = None  # None: a Slurm job
 
     def command(self, job_id: str) -> list[str]:
         """Return the command of each rank."""
-        told = [] if self.output_dir is None else ["--output-dir", _numbered(self.output_dir, job_id)]
+        told = [] if self.output_dir is None else ["--output-dir", self._numbered(self.output_dir, job_id)]
         return [sys.executable, str(self.program), *told, *self.arguments]
 
     def run_folder(self, job_id: str) -> Path | None:
         """Return the folder in which a training says how far it has come."""
-        return None if self.run_dir is None else self.folder / _numbered(self.run_dir, job_id)
+        return None if self.run_dir is None else self.folder / self._numbered(self.run_dir, job_id)
 
     def run(self, job_id: str, variables: Mapping[str, str]) -> int:
         """Run the program as one process with these variables, and return its exit code."""
@@ -91,6 +92,9 @@ class ProgramJob:
             variables["PYTHONPATH"] = os.pathsep.join(paths)
         return variables
 
+    def _numbered(self, path: str, job_id: str) -> str:
+        return path.replace("%j", job_id.partition("_")[0] if self.is_swept else job_id)
+
     def _run_rank(self, job: submitit.JobEnvironment) -> int:
         with Processes() as processes:
             code = processes.wait(self._start(processes, job.job_id, self.variables()))
@@ -108,10 +112,6 @@ class ProgramJob:
 
     def _start(self, processes: Processes, job_id: str, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return processes.start(self.command(job_id), folder=self.folder, variables=variables)
-
-
-def _numbered(path: str, job_id: str) -> str:
-    return path.replace("%j", job_id)
 
 
 def _end_with(code: int) -> None:

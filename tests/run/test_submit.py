@@ -291,14 +291,14 @@ def test_a_program_ends_with_the_process_that_runs_it(program, capsys, tmp_path)
 @pytest.mark.dist
 def test_a_sweep_on_this_machine_runs_its_jobs_in_turn(program, capsys):
     program.write_text("import sys\nprint('runs', *sys.argv[1:])\nsys.exit(sys.argv[-1] == 'b=2')\n")
-    options = ["--cluster", "local", "--output-dir", "out", "--sweep", "b=1,2"]
+    options = ["--cluster", "local", "--output-dir", "out/%j", "--sweep", "b=1,2"]
     assert main([*options, str(program), "a=0"]) == 1
     out, err = capsys.readouterr()
     ran = [line for line in out.splitlines() if line.startswith("runs")]
-    assert ran == [f"runs --output-dir out/b={value} a=0 b={value}" for value in (1, 2)]
+    assert ran == [f"runs --output-dir out/{os.getpid()}/b={value} a=0 b={value}" for value in (1, 2)]
     assert "process 0 ended with exit code 1; log: " in err
     assert main([*options, "--array", "2", str(program), "a=0"]) == 1
-    assert "[b=2] runs --output-dir out/b=2 a=0 b=2" in capsys.readouterr().out
+    assert f"[b=2] runs --output-dir out/{os.getpid()}/b=2 a=0 b=2" in capsys.readouterr().out
 
 
 @pytest.mark.dist

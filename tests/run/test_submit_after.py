@@ -1,7 +1,7 @@
 """What follows in the script of a Slurm job after srun: what Slurm says, and what the ranks have left, decide."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -49,7 +49,8 @@ def slurm(tmp_path, monkeypatch):
 
 def facts(state="RUNNING", *, reason="None", left_min=30.0, preempted="None"):
     end = (datetime.now() + timedelta(minutes=left_min)).isoformat(timespec="seconds")
-    Path("facts").write_text(f"JobState={state} Reason={reason} EndTime={end} PreemptTime={preempted}")
+    times = f"StartTime=2026-01-01T00:00:00 EndTime={end} PreemptTime={preempted}"
+    Path("facts").write_text(f"JobState={state} Reason={reason} {times}")
 
 
 def rank_ended(folder, rank, *, code=0, stopped_by=None, ended=0.0, restarts="0"):
@@ -86,8 +87,8 @@ def test_a_job_that_is_done_ends(slurm):
         ({"left_min": 2.5}, "stopped by SIGUSR2 (time limit) at step 7; requeued (1 of at most 5)"),
         ({"left_min": 30}, "stopped by SIGUSR2 at step 7; requeued (1 of at most 5)"),
         (
-            {"left_min": 1, "preempted": "2026-01-01T00:00:00"},
-            "stopped by SIGUSR2 at step 7; requeued (1 of at most 5)",
+            {"left_min": 1, "preempted": "2026-01-01T00:09:00"},
+            "stopped by SIGUSR2 (preempted) at step 7; requeued (1 of at most 5)",
         ),
         (
             {"state": "COMPLETING", "reason": "TimeLimit"},
@@ -104,8 +105,9 @@ def test_a_job_that_was_told_to_stop_is_requeued(slurm, view, reason):
     assert (code, attempt.reason, was_requeued()) == (0, reason, ["12"])
 
 
-def test_a_job_that_was_cancelled_is_not_requeued(slurm):
-    facts("COMPLETING")
+@pytest.mark.parametrize("preempted", ["None", "2025-12-31T00:00:00"], ids=["never", "an earlier attempt"])
+def test_a_job_that_was_cancelled_is_not_requeued(slurm, preempted):
+    facts("COMPLETING", preempted=preempted)
     training_says("stopped", 7)
     rank_ended(slurm, 0, stopped_by="SIGTERM")
     code, attempt = conclude(slurm, 0)
@@ -145,6 +147,16 @@ def test_what_an_earlier_start_has_left_does_not_count(slurm, monkeypatch):
     assert (code, attempt.verdict) == (0, "finished")
 
 
+@pytest.mark.parametrize("code", [143, 137])
+def test_a_preemption_that_came_before_the_program_had_saved_is_no_failure(slurm, code):
+    facts("COMPLETING", preempted="2026-01-01T00:09:00")
+    Path("refusal").write_text("Job is pending execution")  # Slurm has requeued it already
+    training_says("running", 7)
+    rank_ended(slurm, 0, code=code, stopped_by="SIGUSR2")
+    result, attempt = conclude(slurm, code)
+    assert (result, attempt.verdict, Record.open(slurm, "12").end) == (0, "requeued", None)
+
+
 def test_a_refused_requeue_is_said(slurm, capsys):
     facts(left_min=2)
     Path("refusal").write_text("slurm_requeue error: Job is\nnot requeueable\n")
@@ -155,3 +167,11 @@ def test_a_refused_requeue_is_said(slurm, capsys):
     sentence = "Slurm does not requeue job 12 (slurm_requeue error: Job is not requeueable); submit again to go on"
     assert capsys.readouterr().err == f"error: {sentence}\n"
     assert Record.open(slurm, "12").end["reason"] == sentence
+
+
+def test_the_jobs_of_a_sweep_share_the_number_in_their_folders(slurm):
+    job = DelayedSubmission.load(slurm / "12_submitted.pkl").function
+    assert job.command("12_3")[2:] == ["--output-dir", "runs/12_3"]
+    swept = replace(job, is_swept=True)
+    assert swept.command("12_3")[2:] == ["--output-dir", "runs/12"]
+    assert swept.run_folder("12_3") == job.folder / "runs" / "12"
