@@ -24,6 +24,7 @@ from dinov2.distributed import all_reduce_mean
 from dinov2.loss.assignments import Assignments
 
 _BLANK_RANGE = 0.05  # of normalised values: about three of 256 levels, so that compression does not hide a blank image
+_MOST_PX = 64  # of a side on which images are compared, so that large batches take little memory
 _COPY_CORRELATION = 0.995  # of pixels: what differs is a tenth of what varies, as after strong compression
 
 
@@ -50,7 +51,8 @@ def copied_images(images: Tensor) -> Tensor:
 
     Blank images, which have no pattern to compare, are none of them.
     """
-    pixels = images.float().flatten(1)
+    sides = [min(side, _MOST_PX) for side in images.shape[2:]]
+    pixels = F.adaptive_avg_pool2d(images.float(), sides).flatten(1)
     with torch.autocast(images.device.type, enabled=False):
         pixels = F.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
         correlations = (pixels @ pixels.T).fill_diagonal_(0)  # [n, n]
