@@ -13,16 +13,17 @@ from support.training import TINY_RUN, assert_same_state, metrics_of, values_but
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "run" / "train" / "train.py"
-STEPS = 60  # slow ones take well over a second each
+STEPS = 60
 LAST = checkpoint_name(STEPS - 1)
 CAUGHT_AFTER = 7  # steps: after the first checkpoint
 PATIENCE_S = 600  # for what takes half a minute on a machine that has nothing else to do
+_BATCH_SIZE = 4
 _SETTINGS = (
     *TINY_RUN,
     f"train.OFFICIAL_EPOCH_LENGTH={STEPS}",
-    "train.dataset_path=support.slow_digits.SlowDigits:split=TRAIN:while_there={slow}",
+    "train.dataset_path=support.slow_digits.SlowDigits:split=TRAIN:slow={slow}",
     "checkpointing.period=5",
-    "train.batch_size_per_gpu=4",
+    f"train.batch_size_per_gpu={_BATCH_SIZE}",
     "checkpointing.max_to_keep=2",
 )
 
@@ -45,9 +46,9 @@ class LaunchedRun:
         """Return what the launcher passes on to the program."""
         return [setting.format(slow=self._slow) for setting in _SETTINGS]
 
-    def slow_down(self) -> "LaunchedRun":
-        """Let its images come slowly, until `hurry`."""
-        self._slow.touch()
+    def slow_down(self, step_s: float = 1.0) -> "LaunchedRun":
+        """Let its images come so slowly that a step takes so long, until `hurry`."""
+        self._slow.write_text(str(step_s / _BATCH_SIZE))
         return self
 
     def hurry(self) -> None:
