@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def compute_for_long(argv):
     return 0
 
 
+def be_suspended_together(argv):
+    """As schedulers do with a whole job: for longer than a rank may be silent."""
+    with group():
+        subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+        distributed.barrier()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        distributed.barrier()
+    return 0
+
+
 def stay_away(argv):
     if distributed.launched_world_size() == 3 and os.environ["RANK"] == "1":
         return 0
@@ -110,6 +121,7 @@ CASES = {
     "suspended": (wait_in_a_collective, 2, (signal.SIGSTOP, 1)),
     "failed alone": (fail_on_one_rank, 2, None),
     "long": (compute_for_long, 2, None),
+    "suspended together": (be_suspended_together, 2, None),
     "did not come": (stay_away, 3, None),
 }
 
@@ -194,6 +206,11 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(found):
 @pytest.mark.dist
 def test_long_work_is_no_silence_and_leaving_is_no_end(found):
     assert found["long"] == [[0, 0], ["done\n", "done\n"]]
+
+
+@pytest.mark.dist
+def test_a_job_that_was_suspended_as_a_whole_goes_on(found):
+    assert found["suspended together"] == [[0, 0], ["", ""]]
 
 
 @pytest.mark.dist

@@ -78,6 +78,15 @@ def test_a_failure_says_where_and_why(tmp_path, cfg):
     assert failure.reason == "RuntimeError: first line and second"
 
 
+def test_the_first_reason_counts(tmp_path, cfg):
+    with pytest.raises(RuntimeError), RunState(cfg) as state:
+        state.begin(0, 100)
+        state.fail("rank 1 has ended without a word")
+        raise RuntimeError("Connection closed by peer")
+    (failure,) = read_run_state(tmp_path).failures
+    assert failure.reason == "rank 1 has ended without a word"
+
+
 def test_a_state_that_says_running_is_a_failure_for_the_next_start(tmp_path, cfg):
     kill(cfg, tmp_path, done=[0])
     with RunState(cfg):
