@@ -23,6 +23,8 @@ WITHOUT_EFFECT_ON_RESULTS = (
     "student.allow_partial_weights",
     "student.attention_backend",
     "student.pretrained_weights",
+    "train.checkpointing",
+    "train.checkpointing_full",
     "train.batch_size_per_gpu",  # the images of a step over all ranks count
     "train.global_batch_size",  # compared as the number that holds, by the caller of `changed_settings`
     "train.max_steps",

@@ -66,6 +66,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._require_patch_tokens()
+        self._require_blocks_to_compute_again()
         self._require_whole_patches()
         self._require_something_to_learn()
         self._require_a_statistic_per_channel()
@@ -86,6 +87,14 @@ class Config:
         ):
             if is_on:
                 raise ConfigError(f"student.arch={self.student.arch} has no patch tokens to {use}; set {setting}")
+
+    def _require_blocks_to_compute_again(self) -> None:
+        for name in ("checkpointing", "checkpointing_full"):
+            if self.student.is_resnet and getattr(self.train, name):
+                raise ConfigError(
+                    f"train.{name}=true computes blocks twice, which would count each batch twice in the statistics of "
+                    f"student.arch={self.student.arch}; set train.{name}=false"
+                )
 
     def _require_whole_patches(self) -> None:
         if self.student.is_resnet:

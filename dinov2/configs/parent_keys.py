@@ -105,8 +105,6 @@ _TRAIN: Mapping[str, ParentKey] = {
     "train.fsdp_reshard_after_forward": _honoured(
         bool, "becomes compute_precision.sharding_strategy: FULL_SHARD for true, SHARD_GRAD_OP for false"
     ),
-    "train.checkpointing": _ignored(bool, "activations are kept, for the same result with more memory", False),
-    "train.checkpointing_full": _ignored(bool, "activations are kept, for the same result with more memory", False),
     "train.sharded_eval_checkpoint": _ignored(bool, "the teacher of an evaluation is one file", False),
     "train.data_config": _ignored(Any, "train.dataset_path names the images", None),
     "train.chunk_schedule": _ignored(Any, "DINOv3 does not read it either", [], None),

@@ -32,6 +32,12 @@ class TrainConfig(Section):
     # of a pass need not use all prototypes, >= 0; of the patches, as many, 1 of each masked crop; 0: none
     sinkhorn_queue_size: int = 0
     prototype_init_crops: int = 4096  # crops that prototype_init=kmeans looks at, >= 2; at most 4 of each image
+    # compute cheap results of the student's blocks again in the backward pass instead of keeping them, for less memory
+    # and the same values: norms, activations, sums, rotations; not matrix products and attention
+    checkpointing: bool = False
+    # keep nothing but what goes into each block, with or without train.checkpointing: the least memory, at the cost of
+    # a second forward pass of the student's backbone
+    checkpointing_full: bool = False
     on_bad_image: Literal["error", "skip"] = "error"  # image that cannot be read: stop, or take another
     # epoch: each pass over the images in a new order, those behind its last whole batch left out; infinite: passes
     # follow without a gap, each visits each image once; sharded_infinite: the same without a list of all in memory
@@ -54,6 +60,11 @@ class TrainConfig(Section):
         self.require("output_dir", self.output_dir != "", "a folder, e.g. outputs/run1")
         has_home = self.output_dir.startswith("~")
         self.require("output_dir", not has_home, "written without ~, which only a shell replaces; use ${oc.env:HOME}")
+
+    @property
+    def recomputation(self) -> Literal["none", "selective", "full"]:
+        """What the student's blocks do not keep for the backward pass."""
+        return "full" if self.checkpointing_full else "selective" if self.checkpointing else "none"
 
 
 @dataclass(frozen=True, kw_only=True)

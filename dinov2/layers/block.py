@@ -15,6 +15,7 @@ from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.norms import NORM_LAYERS, NormLayer
 from dinov2.layers.packing import Layout
+from dinov2.layers.recompute import Recomputation, checkpointed
 
 
 class Block(nn.Module):
@@ -50,6 +51,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path
+        self.recomputation: Recomputation = "none"  # what is not kept for the backward pass; see `checkpointed`
         self.norm1 = norm_layer(dim)
         self.attn = SelfAttention(
             dim,
@@ -81,7 +83,9 @@ class Block(nn.Module):
         """
         if layout is None:
             return self.forward(x.flatten(0, 1), ((x.shape[0], x.shape[1]),), rotations).view_as(x)
+        return checkpointed(self._transform, x, layout, rotations, recomputation=self.recomputation)
 
+    def _transform(self, x: Tensor, layout: Layout, rotations: Rotations | None) -> Tensor:
         def attend(x: Tensor, layout: Layout) -> Tensor:
             return self.attn(self.norm1(x), layout, rotations)
 

@@ -24,6 +24,7 @@ from dinov2.layers.mlp import Mlp
 from dinov2.layers.norms import NORM_LAYERS
 from dinov2.layers.packing import Layout, pack, unpack
 from dinov2.layers.patch_embed import PatchEmbed
+from dinov2.layers.recompute import Recomputation
 from dinov2.layers.rope import RopePositionEmbedding
 from dinov2.layers.swiglu_ffn import SwiGLUFFNFused, SwiGLUFFNSeparate
 from dinov2.models.positions import interpolate_positions
@@ -192,6 +193,11 @@ class DinoVisionTransformer(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """List the modules whose parameters are gathered together when the model is sharded."""
         return list(self.blocks)
+
+    def recompute(self, recomputation: Recomputation) -> None:
+        """Choose what the blocks do not keep for the backward pass; see `dinov2.layers.recompute.checkpointed`."""
+        for block in self.blocks:
+            block.recomputation = recomputation
 
     def no_weight_decay(self) -> set[str]:
         """Name the tokens and positions, which are no weights of a product."""

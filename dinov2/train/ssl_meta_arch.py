@@ -355,6 +355,8 @@ def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
     backbone = build_backbone(cfg, drop_path_rate=0.0 if of_teacher else cfg.student.drop_path_rate)
     if not of_teacher:
         _choose_trained(backbone, cfg.optim.freeze, cfg.lora)
+        if not cfg.student.is_resnet:
+            backbone.recompute(cfg.train.recomputation)
     networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
     if cfg.ibot.separate_head and cfg.ibot.loss_weight > 0:
         networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)

@@ -18,9 +18,7 @@ FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 CHUNKS = (
     "student.block_chunks=4 has no effect: blocks are one flat list, and weights saved in chunks are read all the same"
 )
-RECOMPUTED = "has no effect: activations are kept, for the same result with more memory"
 OF_7B = (
-    f"train.checkpointing=true {RECOMPUTED}",
     "train.sharded_eval_checkpoint=true has no effect: the teacher of an evaluation is one file",
     "student.fp8_enabled=true has no effect: compute_precision.param_dtype decides",
 )
@@ -32,9 +30,8 @@ NOTES = {
     "dinov2/train/vitg14.yaml": (CHUNKS,),
     "dinov2/train/vitl16_short.yaml": (CHUNKS,),
     "dinov3/train/dinov3_vit7b16_pretrain.yaml": OF_7B,
-    "dinov3/train/dinov3_vit7b16_gram_anchor.yaml": (*OF_7B, f"train.checkpointing_full=true {RECOMPUTED}"),
-    "dinov3/train/dinov3_vit7b16_high_res_adapt.yaml": (*OF_7B, f"train.checkpointing_full=true {RECOMPUTED}"),
-    "dinov3/train/dinov3_vitl16_lvd1689m_distilled.yaml": (OF_7B[0], f"train.checkpointing_full=true {RECOMPUTED}"),
+    "dinov3/train/dinov3_vit7b16_gram_anchor.yaml": OF_7B,
+    "dinov3/train/dinov3_vit7b16_high_res_adapt.yaml": OF_7B,
 }
 NO_GRAM = (
     "gram.use_loss=true needs a Gram teacher; name its weights by gram.ckpt (gram.ckpt=start: those that the run "
@@ -100,6 +97,8 @@ ARRIVED = {
         "ibot.head_n_prototypes": 98304,
         "ibot.head_hidden_dim": 4096,
         "train.dataset_path": "",
+        "train.checkpointing": True,
+        "train.checkpointing_full": False,
         "student.arch": "vit_7b",
         "student.ffn_layer": "swiglu64",
         "student.ffn_ratio": 3.0,
@@ -150,6 +149,7 @@ ARRIVED = {
         "crops.global_crops_size": 512,
         "crops.local_crops_size": 112,
         "crops.gram_teacher_crops_size": 768,
+        "train.checkpointing_full": True,
         "gram.rep_update": False,
         "gram.loss_weight_schedule.start": 1.5,
         "schedules.lr.cosine_epochs": 10,

@@ -105,10 +105,6 @@ def test_dinov2s_giant_recipe_loads_with_a_note(tmp_path):
     ("override", "note"),
     [
         ("train.cudagraphs=true", "train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs"),
-        (
-            "train.checkpointing=true",
-            "train.checkpointing=true has no effect: activations are kept, for the same result with more memory",
-        ),
         ("student.fp8_enabled=true", "student.fp8_enabled=true has no effect: compute_precision.param_dtype decides"),
         ("teacher.in_chans=4", "teacher.in_chans=4 has no effect: the teacher has the student's channels"),
         (
@@ -152,7 +148,7 @@ def test_keys_that_change_the_backbone_are_refused_at_once(override, reason):
     assert str(caught.value) == reason
 
 
-@pytest.mark.parametrize("override", ["defaults=dinov2", "student.channel_adaptive=false", "train.checkpointing=false"])
+@pytest.mark.parametrize("override", ["defaults=dinov2", "student.channel_adaptive=false", "train.cudagraphs=false"])
 def test_unsupported_keys_may_say_what_happens_anyway(override):
     cfg = load_config(None, [override])
     assert cfg == Config() and cfg.notes == ()

@@ -24,6 +24,8 @@ CASES = {
     "SHARD_GRAD_OP frozen": ["train.centering=centering", "optim.freeze=[norms, blocks:0]"],
     "FULL_SHARD low-rank": ["train.centering=centering", "student.pretrained_weights=given.pth", "lora.rank=3"],
     "SHARD_GRAD_OP low-rank": ["train.centering=centering", "student.pretrained_weights=given.pth", "lora.rank=1"],
+    "FULL_SHARD recomputed": ["train.centering=centering", "train.checkpointing_full=true"],
+    "SHARD_GRAD_OP recomputed": ["train.centering=centering", "train.checkpointing=true"],
 }
 
 
