@@ -1,8 +1,6 @@
 """Read a YAML file and `key=value` arguments, lay them over the defaults, and build the checked tree."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.config import Config
 from dinov2.configs.default_layers import LAYERS
+from dinov2.configs.files import Loader, read_config_file
 from dinov2.configs.known_keys import flatten
 from dinov2.configs.parent_keys import PARENT_KEYS
 from dinov2.configs.section import show_value
@@ -21,25 +20,13 @@ from dinov2.configs.values import convert, is_text
 from dinov2.errors import ConfigError
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number and 2024-01-31 is text; of a key given twice, the last wins."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.nan"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^({_FLOAT})$"), list("-+.0123456789"))
-
-
 def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Config:
     """Build the settings: defaults, then the file, then the overrides; later ones win.
 
     Args:
-        config_file: path of a YAML file, ours or a parent's; None: defaults and overrides only. A value may refer to
-            another key or to the environment as OmegaConf does: `${crops.global_crops_size}`, `${oc.env:HOME}`.
+        config_file: path of a YAML file, ours or a parent's, see `dinov2.configs.files`; None: defaults and overrides
+            only. A value may refer to another key or to the environment as OmegaConf does:
+            `${crops.global_crops_size}`, `${oc.env:HOME}`.
         overrides: `section.key=value` each, the value written as in YAML (text needs no quotes); for a stage,
             `stages.<name>.section.key=value`.
 
@@ -49,8 +36,7 @@ def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Confi
     given: dict[str, Given] = {}
     of_stages: list[tuple[str, Any]] = []
     if config_file is not None:
-        for key, value in flatten(_read_yaml(config_file), source=f"in {config_file}"):
-            given[key] = Given(value, 0)
+        given = {key: Given(value, 0) for key, value in read_config_file(config_file).items()}
     for override in overrides:
         parsed = _parse_override(override)
         if override.startswith(OF_A_STAGE):
@@ -87,34 +73,6 @@ def _over_defaults(given: Mapping[str, Given]) -> dict[str, Given]:
     return defaults | dict(given) | {"defaults": Given(family, layer)}
 
 
-def _read_yaml(path: str) -> Mapping[str, Any]:
-    """Return the mapping a YAML file holds; an empty file is an empty mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as a config file ({error.strerror})") from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: is not valid YAML ({error.problem})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold sections with keys such as 'train: {{seed: 0}}', not {_kind(content)}")
-    return content
-
-
-def _kind(content: Any) -> str:
-    return "a list" if isinstance(content, list) else "a single value"
-
-
 def _parse_override(override: str) -> Mapping[str, Any]:
     """Split `key=value`; the value of a text key is taken as it stands, others are read as YAML."""
     key, equals, text = override.partition("=")
@@ -127,7 +85,7 @@ def _parse_override(override: str) -> Mapping[str, Any]:
     if known is not None and is_text(known.annotation) and not _is_quoted(text) and text not in ("null", "~"):
         return {key: text}
     try:
-        return {key: yaml.load(text, Loader=_Loader)}
+        return {key: yaml.load(text, Loader=Loader)}
     except yaml.YAMLError:
         raise ConfigError(f"argument {override!r}: the value is not valid YAML") from None
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinov2.configs.files import write_as_one_file
 from dinov2.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parents[2]  # of the project, or where the packages are installed
@@ -57,11 +58,18 @@ def with_own_config(arguments: Sequence[str], *, snapshot: Path) -> list[str]:
         if option not in _CONFIG_FILE or (not equals and place + 1 == len(arguments)):
             continue
         source = Path(value if equals else arguments[place + 1]).expanduser()
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:_DIGEST_CHARS]
-        copied = snapshot.parent / f"config-{digest}.yaml"
-        shutil.copyfile(source, copied)
+        copied = _copy_config(source, snapshot.parent)
         changed[place + (not equals)] = f"{option}={copied}" if equals else str(copied)
     return changed
+
+
+def _copy_config(source: Path, folder: Path) -> Path:
+    """Copy a config file, together with what it is based on, under a name that its content gives."""
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        written = Path(unfinished) / source.name
+        write_as_one_file(source, written)
+        digest = hashlib.sha256(written.read_bytes()).hexdigest()[:_DIGEST_CHARS]
+        return written.rename(folder / f"config-{digest}.yaml")
 
 
 def _copy(files: Sequence[Path], target: Path) -> None:
