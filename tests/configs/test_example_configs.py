@@ -16,7 +16,7 @@ def dotted(tree, prefix=""):
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{name}.")
-        else:
+        elif value is not None or prefix:  # a section of which all is commented out says nothing
             yield f"{prefix}{name}"
 
 
