@@ -78,7 +78,7 @@ class FeatureQueue:
         return {"rows": self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over kept rows; of a longer queue the newest, of a shorter one all, of another width none."""
+        """Take over kept rows; of a longer queue the newest, of a shorter one all."""
         self._pending, rows = None, state["rows"]
         if rows is not None and len(rows) != self.num_rows:
             empty = rows.new_zeros(max(self.num_rows - len(rows), 0), rows.shape[1])

@@ -52,7 +52,7 @@ class KoLeoLoss(nn.Module):
         with torch.autocast(student_output.device.type, enabled=False):
             rows = F.normalize(student_output.float(), eps=eps, p=2, dim=-1)
             everyone = all_gather_cat_autograd(rows) if self.distributed else rows  # [N, D]
-            past = None if self.past is None else self.past.rows(rows.device)  # [Q, D]
+            past = self._past_rows(rows)
             if len(everyone) < 2 and past is None:
                 return (rows * 0).sum()
             nearest = self._nearest(rows.detach(), everyone.detach(), past)
@@ -68,6 +68,13 @@ class KoLeoLoss(nn.Module):
         """Let both global crops of this pass, [2 * B, D] crop-major, be neighbours of later ones."""
         if self.past is not None:
             self.past.push(F.normalize(student_output.detach().float(), dim=-1))
+
+    def _past_rows(self, rows: Tensor) -> Tensor | None:
+        """Rows of earlier passes, [Q, D]; zeros where there is none yet, and None without a queue."""
+        if self.past is None:
+            return None
+        past = self.past.rows(rows.device)
+        return rows.new_zeros(self.past.num_rows, rows.shape[1]) if past is None else past
 
     def _nearest(self, rows: Tensor, everyone: Tensor, past: Tensor | None) -> torch.return_types.topk:
         """Cosines and positions of each row's neighbours among all rows and, behind these, past ones; [B, topk]."""
@@ -85,4 +92,4 @@ class KoLeoLoss(nn.Module):
         if past is not None:
             to_past = (rows @ past.T).masked_fill_(~is_filled(past), _NO_NEIGHBOUR)
             similarity = torch.cat([similarity, to_past], dim=1)
-        return similarity.topk(self.topk, dim=1)
+        return similarity.topk(min(self.topk, similarity.shape[1]), dim=1)  # a queue may be shorter

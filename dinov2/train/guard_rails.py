@@ -2,8 +2,8 @@
 
 Before the first step some of the training images are looked at. Signs of each step (`dinov2.train.collapse_signs`) are
 averaged over some steps, and the mean must stay within bounds; scores of evaluations are compared with those of the
-start. What is out of bounds warns once; if it stays so for as many
-steps or evaluations in a row as `guard_rails.patience_*` says, the run ends.
+start. What is out of bounds warns once; if it stays so for as many steps or evaluations in a row as
+`guard_rails.patience_*` says, the run ends.
 
 | cause | sign | out of bounds |
 | --- | --- | --- |
@@ -36,7 +36,7 @@ from torch import Tensor
 from dinov2.configs import Config
 from dinov2.configs.adaptation_sections import GuardRailsConfig
 from dinov2.distributed import is_main_process
-from dinov2.errors import Dinov2Error, TrainingError
+from dinov2.errors import Dinov2Error, GuardRailError
 from dinov2.eval.health_views import choose_images
 from dinov2.eval.knn_online import SCORE_NAME
 from dinov2.logging.metric_logger import METRICS_NAME
@@ -120,6 +120,7 @@ class GuardRails:
         self._highest: dict[str, float] = {}
         self._stage: float | None = None
         self._lr = math.nan
+        self._replayed_until = -1  # step whose scores were taken in before the run was interrupted
         self._of_steps = Streaks(patience=limits.patience_steps)
         self._of_evaluations = Streaks(patience=limits.patience_evaluations)
         self._of_below_start = Streaks(patience=1 if below_start is None else below_start.patience)
@@ -149,13 +150,14 @@ class GuardRails:
                     self.see_step(known)
                     if "rankme" in known or SCORE_NAME in known:
                         self.see_scores(known)
+                        self._replayed_until = int(values["iteration"])
         return self
 
     def note_images(self, images: Tensor) -> None:
         """Judge some of the training images [n, C, H, W], normalised, before the first step.
 
         Raises:
-            TrainingError: nearly all are blank, or copies.
+            GuardRailError: nearly all are blank, or copies.
         """
         if self.limits.action == "off" or len(images) < 2:
             return
@@ -169,14 +171,14 @@ class GuardRails:
             return
         sentence = f"before the first step: {sentence}; look at them (run/preview.py, run/check_data.py)"
         if self.stops:
-            raise TrainingError(sentence)
+            raise GuardRailError(sentence)
         logger.warning("%s", sentence)
 
     def note_steps(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Take the metrics of steps in their order, means over ranks; called by all ranks.
 
         Raises:
-            TrainingError: something has been out of bounds for too long.
+            GuardRailError: something has been out of bounds for too long.
         """
         for step, values in rows:
             self._act(step, self.see_step(values))
@@ -184,10 +186,13 @@ class GuardRails:
     def note_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Take the scores of the evaluation after this step; called by all ranks.
 
+        Those that were judged before the run was interrupted are not counted again.
+
         Raises:
-            TrainingError: something has been out of bounds for too long.
+            GuardRailError: something has been out of bounds for too long.
         """
-        self._act(step, self.see_scores(scores))
+        if step > self._replayed_until:
+            self._act(step, self.see_scores(scores))
 
     def see_step(self, values: Mapping[str, float]) -> list[Alarm]:
         """Take the metrics of one step and return what is out of bounds."""
@@ -218,7 +223,7 @@ class GuardRails:
         for alarm in alarms:
             ends = alarm.is_last and (self.stops or alarm.cause == "below start")
             if ends:
-                raise TrainingError(f"iteration {step}: {alarm.sentence}")
+                raise GuardRailError(f"iteration {step}: {alarm.sentence}")
             if alarm.is_first and is_main_process():
                 logger.warning("iteration %d: %s", step, alarm.sentence)
 
@@ -313,7 +318,7 @@ def open_guard_rails(cfg: Config, evaluate: TeacherEvaluation, *, output_dir: Pa
     """Build the guard rails of a run and let them see its images, or what it did before it was interrupted; for rank 0.
 
     Raises:
-        TrainingError: nearly all images are blank, or copies.
+        GuardRailError: nearly all images are blank, or copies.
     """
     rails = GuardRails.from_config(cfg, start_scores=evaluate.scores_of(START))
     if start_step:

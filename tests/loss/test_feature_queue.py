@@ -147,6 +147,17 @@ def test_koleo_with_past_images_equals_one_distance_at_a_time(topk, group_size):
     torch.testing.assert_close(gradient, plain - (plain * rows).sum(1, keepdim=True) * rows, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("topk", "num_places"), [(2, 2), (8, 4)])  # 2 images and 2 rows of the queue
+def test_koleo_of_fewer_images_than_neighbours_counts_those_that_there_are(topk, num_places):
+    loss, rows = KoLeoLoss(topk=topk, past=FeatureQueue(1)), unit(2, 8).requires_grad_()
+    (loss(rows) * num_places).backward()  # the queue is empty: one neighbour each
+    distance = (rows[0] - rows[1]).norm()
+    torch.testing.assert_close(loss(rows) * num_places, -distance.log())
+    assert rows.grad.isfinite().all()
+    loss.remember(unit(2, 8, seed=1))
+    assert loss(rows) != 0
+
+
 def test_koleo_of_a_single_image_needs_a_past():
     queue = FeatureQueue(4)
     loss, row = KoLeoLoss(past=queue), unit(1, 8).requires_grad_()

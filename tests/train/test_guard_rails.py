@@ -226,6 +226,18 @@ def test_a_run_that_goes_on_is_judged_as_if_it_had_never_stopped(tmp_path, caplo
             rails.note_steps(steps[resumed_at:])
 
 
+def test_an_evaluation_that_was_judged_before_a_stop_does_not_count_twice(tmp_path):
+    below, healthy = {"knn_top1_pct": 60.0, "rankme": 100.0}, {"knn_top1_pct": 80.0, "rankme": 100.0}
+    path = tmp_path / "training_metrics.json"
+    path.write_text(
+        "".join(json.dumps({"iteration": step, **scores}) + "\n" for step, scores in ((0, healthy), (1, below)))
+    )
+    rails = guard().replay(path, before_step=2)
+    rails.note_scores(1, below)  # a run that goes on notes the scores of its last step once more
+    with pytest.raises(TrainingError, match="^iteration 3: knn_top1_pct=60.0 is 20.0 points below the start"):
+        rails.note_scores(3, below)  # 2 in a row
+
+
 def test_a_run_from_weights_stops_and_one_from_random_numbers_warns():
     weights = "student.pretrained_weights=weights.pth"
     cases = {
