@@ -65,8 +65,8 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_at_its_time_limit_starts_again_and_ends_as_if_it_had_none(straight):
-    run = LaunchedRun(straight.folder.with_name("time_limited")).slow_down(step_s=2)
-    with launch(run, "--timeout", "1", "--signal-delay", "10") as process:
+    run = LaunchedRun(straight.folder.with_name("time_limited")).slow_down(step_s=1.2)
+    with launch(run, "--timeout", "2", "--signal-delay", "70") as process:
         run.wait_until(run.was_stopped_in_the_middle, what="it is stopped at its time limit")
         run.hurry()
         printed = printed_by(process)

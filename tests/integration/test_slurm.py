@@ -60,8 +60,8 @@ def slurm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def time_limited(slurm):
     """A run that is too slow for its time limit, and its job."""
-    run = LaunchedRun(slurm.folder / "time_limited").slow_down(step_s=2.5)
-    return run, slurm.submit(run, *TWO_NODES, "--timeout", "2", "--signal-delay", "30")
+    run = LaunchedRun(slurm.folder / "time_limited").slow_down(step_s=2)
+    return run, slurm.submit(run, *TWO_NODES, "--timeout", "3", "--signal-delay", "100")
 
 
 @pytest.fixture(scope="module")

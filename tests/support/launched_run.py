@@ -24,6 +24,7 @@ _SETTINGS = (
     "train.dataset_path=support.slow_digits.SlowDigits:split=TRAIN:slow={slow}",
     "checkpointing.period=5",
     f"train.batch_size_per_gpu={_BATCH_SIZE}",
+    "guard_rails.action=off",
     "checkpointing.max_to_keep=2",
 )
 
