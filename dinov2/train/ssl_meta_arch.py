@@ -5,7 +5,7 @@ Source: Oquab et al. 2023, arXiv:2304.07193, and Siméoni et al. 2025, arXiv:250
 parents' `SSLMetaArch`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,23 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config
-from dinov2.configs.adaptation_sections import LoraConfig
-from dinov2.configs.model_sections import HeadConfig
 from dinov2.distributed import get_rank, is_main_process, on_main_first
 from dinov2.eval.build import build_backbone
 from dinov2.fsdp import copy_local_state, full_state_dict, load_full_state_dict, shard
-from dinov2.hub.stored_tensor import State, StoredTensor
+from dinov2.hub.stored_tensor import State
 from dinov2.layers.dino_head import DINOHead
-from dinov2.layers.lora import first_updates
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.assignments import Assignments
 from dinov2.loss.feature_queue import FeatureQueues, one_patch_of_each_crop, score_with_past
-from dinov2.models import Backbone
 from dinov2.train.anchor import Anchoring, AnchorTargets, AnchorWeights
 from dinov2.train.batch_statistics import at_rest, average_statistics, copy_statistics, keep_frozen_statistics
 from dinov2.train.collapse_signs import signs_of_crops, signs_of_features, signs_of_student, signs_of_targets
 from dinov2.train.low_rank import move_towards
-from dinov2.train.parts import freeze, train_low_rank
+from dinov2.train.networks import build_networks, whole_state
 
 _NUM_GLOBAL_CROPS = 2
 _NO_ANCHORS = AnchorWeights()
@@ -62,7 +58,7 @@ class SSLMetaArch(nn.Module):
         self.centering = cfg.train.centering
         self.autocast_dtype = torch.float32
 
-        self._build_networks = partial(_networks, cfg)
+        self._build_networks = partial(build_networks, cfg)
         self.student, self.teacher = self._build_networks(), self._build_networks(of_teacher=True)
         self.teacher.requires_grad_(False)
         self.anchoring = Anchoring.from_config(
@@ -137,12 +133,12 @@ class SSLMetaArch(nn.Module):
             with torch.device("meta"):
                 networks = dict(self._build_networks())
 
-        def whole_state(name: str) -> State | None:
+        def state_of(name: str) -> State | None:
             """Give rank 0 a module's tensors, whose memory no name holds longer than they are used."""
-            return _whole_state(networks.pop(name), (given or {}).get(name, {}), generator) if networks else None
+            return whole_state(networks.pop(name), (given or {}).get(name, {}), generator) if networks else None
 
         for name, module in self.student.items():
-            load_full_state_dict(module, whole_state(name), read=lambda stored: stored.read())
+            load_full_state_dict(module, state_of(name), read=lambda stored: stored.read())
         copy_local_state(self.teacher, self.student)
         self.anchoring.copy_from(self.teacher.backbone)
         self.dino_loss.init_weights()
@@ -348,55 +344,6 @@ class SSLMetaArch(nn.Module):
     def discard_batch_statistics(self) -> None:
         """Take back what the forward passes of a cancelled step did to the student's batch normalisation."""
         copy_statistics(self.student, self.teacher)  # equal since the end of the step before
-
-
-def _networks(cfg: Config, *, of_teacher: bool = False) -> nn.ModuleDict:
-    """Build backbone and heads as the config says; a teacher has no stochastic depth."""
-    backbone = build_backbone(cfg, drop_path_rate=0.0 if of_teacher else cfg.student.drop_path_rate)
-    if not of_teacher:
-        _choose_trained(backbone, cfg.optim.freeze, cfg.lora)
-        if not cfg.student.is_resnet:
-            backbone.recompute(cfg.train.recomputation)
-    networks = nn.ModuleDict({"backbone": backbone, "dino_head": _head(backbone.embed_dim, cfg.dino)})
-    if cfg.ibot.separate_head and cfg.ibot.loss_weight > 0:
-        networks["ibot_head"] = _head(backbone.embed_dim, cfg.ibot)
-    return networks
-
-
-def _choose_trained(backbone: Backbone, frozen: Sequence[str], lora: LoraConfig) -> None:
-    """Decide, from the config, which parameters of a student's backbone learn; all do unless it says otherwise."""
-    if lora.rank:
-        train_low_rank(
-            backbone,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-            dropout=lora.dropout,
-            also_train=lora.also_train,
-        )
-    freeze(backbone, frozen)
-
-
-def _whole_state(module: nn.Module, given: State, generator: torch.Generator) -> State:
-    """Complete the given tensors of a module, which is on the meta device, by drawn ones."""
-    given = {name: StoredTensor.of(drawn) for name, drawn in first_updates(module, generator).items()} | given
-    if given.keys() >= module.state_dict().keys():
-        return given
-    module.to_empty(device="cpu")
-    module.init_weights(generator=generator)
-    return {name: StoredTensor.of(tensor) for name, tensor in module.state_dict().items()} | given
-
-
-def _head(in_dim: int, section: HeadConfig) -> DINOHead:
-    """Build a head from the config section `dino` or `ibot`."""
-    return DINOHead(
-        in_dim,
-        section.head_n_prototypes,
-        nlayers=section.head_nlayers,
-        hidden_dim=section.head_hidden_dim,
-        bottleneck_dim=section.head_bottleneck_dim,
-        weight_norm=section.head_weight_norm,
-    )
 
 
 def _patch_head(networks: nn.ModuleDict) -> DINOHead:
