@@ -27,3 +27,11 @@ class OtherParametersError(CheckpointError):
 
 class TrainingError(Dinov2Error):
     """A run cannot go on, for example after repeated non-finite losses."""
+
+
+class GuardRailError(TrainingError):
+    """A guard rail has ended a run; from the same checkpoint, with the same settings, it would do so again."""
+
+
+class StoppedEarly(KeyboardInterrupt):
+    """A signal, which it names, has told a program to stop while there is nothing to save; that is no failure."""

@@ -100,11 +100,12 @@ def note_step(step: int) -> None:
         _heartbeat.step = step
 
 
-def call_before_ending(callback: Callable[[str], None] | None) -> None:
+def call_before_ending(callback: Callable[[str, bool], None] | None) -> None:
     """Have a function called, from another thread, when this process is to end because another rank has.
 
     Args:
-        callback: is given the reason in one sentence; takes the place of an earlier one. None: nothing is called.
+        callback: is given the reason in one sentence, and whether it is a failure (not one: the other rank was told to
+            stop); takes the place of an earlier one. None: nothing is called.
     """
     if _heartbeat is not None:
         _heartbeat.callback = callback

@@ -7,6 +7,8 @@ computes, compiles or waits for data for an hour is alive. Three things are noti
     a connection closes      its process has ended (kill -9, out of memory): at once
     nothing comes over it    its machine or the network is gone, or the process is suspended: after `timeout_s`
     a rank says it fails     all may fail with the same error, so the others get `timeout_s` to end by themselves
+    a rank says it was told  most likely all were: the others get some seconds to end by themselves, and end with 0
+    to stop (StoppedEarly)
 
 Rank 0 tells the others. A rank that leaves without an error says so and is missed by nobody. Messages are JSON, one a
 line.
@@ -30,7 +32,7 @@ import torch.distributed as dist
 
 from dinov2.distributed.launch_environment import LaunchEnvironment
 from dinov2.distributed.rendezvous import ranks_in_words, reason_of
-from dinov2.errors import Dinov2Error, TrainingError
+from dinov2.errors import Dinov2Error, StoppedEarly, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ _BEAT_S = 2.0  # at most; several fit into the time-out
 _BEATS_IN_TIMEOUT = 6
 _VERDICT_S = 10.0  # how long a rank whose collective has failed waits to hear why
 _LAST_WORDS_S = 10.0  # for writing down why this process ends
+_STOP_S = 5.0  # for other ranks to end, when one was told to stop
 _MAX_REASON_CHARS = 500
 _ADDRESS_KEY = "heartbeat"
 _MAX_LINE_BYTES = 1 << 14
@@ -74,13 +77,14 @@ class Heartbeat:
 
     def __init__(self, launch: LaunchEnvironment, store: dist.Store, *, timeout_s: float) -> None:
         self.step: int | None = None  # in progress; set by the main thread
-        self.callback: Callable[[str], None] | None = None  # is told the reason before the process ends
+        self.callback: Callable[[str, bool], None] | None = None  # is told the reason, and whether it is a failure
         self._launch = launch
         self._timeout_s = timeout_s
         self._beat_s = min(_BEAT_S, timeout_s / _BEATS_IN_TIMEOUT)
         self._about_me = {"rank": launch.rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._peers: list[_Peer] = []
         self._verdict: str | None = None
+        self._is_failure = True
         self._prints = True
         self._end_at_s = 0.0
         self._is_verdict_known = threading.Event()
@@ -111,15 +115,18 @@ class Heartbeat:
             self._end_at_s = 0.0
             self._wake()
             self._thread.join(2 * _LAST_WORDS_S)  # it ends this process
-            os._exit(TrainingError.exit_code)
+            os._exit(self._exit_code)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave, and tell the others of the error that this rank ends with, if there is one."""
-        is_failure = error is not None and not isinstance(error, SystemExit)
+        if error is None or isinstance(error, SystemExit):
+            last_message = {"left": True}
+        else:
+            last_message = {"stopped" if isinstance(error, StoppedEarly) else "failed": _in_one_line(error)}
         self._is_closed = True
         self._wake()
         self._thread.join(_LAST_WORDS_S)
-        self._tell_all({"failed": _in_one_line(error)} if is_failure else {"left": True})
+        self._tell_all(last_message)
         self._close_sockets()
 
     def _wake(self) -> None:
@@ -227,9 +234,12 @@ class Heartbeat:
             peer.has_left = True
             at = "" if peer.step is None else f" at step {peer.step}"
             self._find(f"{_names([peer])} has failed{at}: {message['failed']}", grace_s=self._timeout_s)
+        elif "stopped" in message:
+            peer.has_left = True
+            self._find(f"{_names([peer])} was stopped by {message['stopped']}", grace_s=_STOP_S, is_failure=False)
         elif "lost" in message:
             self._prints = self._launch.local_rank == 0  # rank 0 does in any case
-            self._find(message["lost"], grace_s=message["grace_s"])
+            self._find(message["lost"], grace_s=message["grace_s"], is_failure=message["is_failure"])
 
     def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)
@@ -248,14 +258,14 @@ class Heartbeat:
         elif self._expected and now_s - self._started_at_s > self._timeout_s:
             self._find(f"{ranks_in_words(sorted(self._expected))} ended right after the start, without a word")
 
-    def _find(self, sentence: str, *, grace_s: float = 0.0) -> None:
+    def _find(self, sentence: str, *, grace_s: float = 0.0, is_failure: bool = True) -> None:
         """Take note of why all ranks have to end; the first reason counts."""
         if self._verdict is not None:
             return
-        self._verdict = sentence
+        self._verdict, self._is_failure = sentence, is_failure
         self._end_at_s = time.monotonic() + grace_s
         self._is_verdict_known.set()
-        self._tell_all({"lost": sentence, "grace_s": grace_s})
+        self._tell_all({"lost": sentence, "grace_s": grace_s, "is_failure": is_failure})
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         if "lost" in message and self._launch.rank != 0:
@@ -269,16 +279,22 @@ class Heartbeat:
         words = threading.Thread(target=self._say_last_words, daemon=True)
         words.start()
         words.join(_LAST_WORDS_S)
-        os._exit(TrainingError.exit_code)
+        os._exit(self._exit_code)
+
+    @property
+    def _exit_code(self) -> int:
+        return TrainingError.exit_code if self._is_failure else 0
 
     def _say_last_words(self) -> None:
         sentence = f"{self._verdict}; all ranks end, start again to go on"
         if logger.hasHandlers():  # without any, Python itself would show the line a second time
-            logger.error("%s", sentence, extra={"file_only": True})
+            level = logging.ERROR if self._is_failure else logging.INFO
+            logger.log(level, "%s", sentence, extra={"file_only": True})
         if self._prints:
-            print(f"error: rank {self._launch.rank}: {sentence}", file=sys.stderr, flush=True)
+            kind = "error: " if self._is_failure else ""
+            print(f"{kind}rank {self._launch.rank}: {sentence}", file=sys.stderr, flush=True)
         if self.callback is not None:
-            self.callback(f"{self._verdict}")
+            self.callback(f"{self._verdict}", self._is_failure)
         logging.shutdown()
         sys.stdout.flush()
 
@@ -324,7 +340,7 @@ def _is_of_a_collective(error: BaseException | None) -> bool:
 
 def _in_one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     text = " ".join(str(error).split())[:_MAX_REASON_CHARS]
     return text if isinstance(error, Dinov2Error) else f"{type(error).__name__}: {text}"
 

@@ -4,12 +4,13 @@ import errno
 import logging
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from dinov2.distributed.launch_environment import LaunchEnvironment, read_launch_environment
-from dinov2.errors import ConfigError, Dinov2Error, TrainingError
+from dinov2.errors import ConfigError, Dinov2Error, StoppedEarly, TrainingError
 from dinov2.logging.text_logs import FILE_ONLY
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,18 @@ def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] |
         argv: command-line arguments without the program's name; None: those of the process.
 
     Returns:
-        What `fn` returns or exits with; else an error's own code (1, or 2 for usage and config); 130 after Ctrl-C;
-        1 when the reader of standard output has gone, or the disk is full.
+        What `fn` returns or exits with; else an error's own code (1, or 2 for usage and config); 0 if it was told to
+        stop and had nothing to save, but 130 after Ctrl-C; 1 when the reader of standard output has gone, or the disk
+        is full.
     """
     try:
         return fn(argv)
     except Dinov2Error as error:
         _report(error)
         return error.exit_code
+    except StoppedEarly as error:
+        _tell_of_stop(error)
+        return 0
     except SystemExit as error:  # argparse, on --help and on bad usage
         return _exit_code(error)
     except KeyboardInterrupt:
@@ -57,12 +62,14 @@ def run_program(fn: Callable[[Sequence[str] | None], int], argv: Sequence[str] |
 
 
 def end_program(code: int) -> NoReturn:
-    """End this process with an exit code.
+    """End this process with an exit code, which a signal that comes now does not change.
 
     One of several processes ends without running C++ destructors: the threads of a process group may outlive it, and
     then abort the process ("terminate called without an active exception", seen now and then under gloo), so that a
     launcher counts a run as failed that has saved and finished. Call it when everything is closed.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     if _launch_environment().world_size > 1:
         logging.shutdown()
         sys.stdout.flush()
@@ -82,6 +89,14 @@ def _report(error: Dinov2Error) -> None:
         return
     prefix = f"rank {launch.rank}: " if launch.world_size > 1 else ""
     print(f"error: {prefix}{message}", file=sys.stderr)
+
+
+def _tell_of_stop(error: StoppedEarly) -> None:
+    sentence = f"stopped by {error} before the first step; start again to go on"
+    if logger.hasHandlers():
+        logger.info("%s", sentence, extra=FILE_ONLY)
+    if _launch_environment().rank == 0:
+        print(sentence, file=sys.stderr)
 
 
 def _launch_environment() -> LaunchEnvironment:

@@ -38,6 +38,8 @@ class Progress:
     state: str | None = None  # finished, stopped, ...
     step: int | None = None  # iterations that are done
     began_at: int | None = None  # the same when the attempt began
+    is_final: bool = False  # it has failed, and would again
+    job: str | None = None  # number of the job that has started the run last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,13 @@ def progress_of(folder: Path | None) -> Progress:
         found = json.loads((folder / _RUN_STATE).read_text(encoding="utf-8")) if folder is not None else {}
         done = found.get("iteration")
         step = None if done is None else int(done) + 1
-        return Progress(state=found.get("state"), step=step, began_at=found.get("began_at"))
+        return Progress(
+            state=found.get("state"),
+            step=step,
+            began_at=found.get("began_at"),
+            is_final=bool(found.get("is_final")),
+            job=found.get("job"),
+        )
     except (OSError, ValueError, TypeError, AttributeError):
         return Progress()
 
@@ -194,6 +202,8 @@ def _after_failure(attempts: Sequence[Attempt], limits: Limits, *, log: str) -> 
         ending = "raise --timeout" if last.at_time_limit else f"log: {log}"
     elif last.code == _HAS_A_REASON and last.progress.state is not None and last.progress.began_at is None:
         ending = f"before training began, not restarted; log: {log}"
+    elif last.code == _HAS_A_REASON and last.progress.is_final:
+        ending = f"not restarted, it would end so again; log: {log}"
     elif latest and all(attempt.code for attempt in latest):
         ending = f"{_LAST_TIMES} failures in a row at the same step, not restarted again; log: {log}\n{report(latest)}"
     elif past >= limits.max_restarts:

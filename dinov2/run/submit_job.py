@@ -11,17 +11,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import submitit
 
-from dinov2.run.submit_attempts import Limits
+from dinov2.run.submit_attempts import Limits, progress_of
 from dinov2.run.submit_local import LocalRanks
 from dinov2.run.submit_process import Processes, end_with_parent, without_launcher
 
 RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued a job
+_STARTS_ANEW = ("--no-resume", "--overwrite", "train.resume=false", "train.resume=False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ProgramJob:
     """A program and its arguments; calling it inside a job runs it."""
 
     program: Path
-    arguments: tuple[str, ...]  # as the user gave them, without --output-dir
+    arguments: tuple[str, ...]  # as the user gave them, without those of the launcher
     output_dir: str | None  # of --output-dir, may hold %j; None: the program is not told
     folder: Path  # where the program is started
     limits: Limits
@@ -60,7 +61,7 @@ class ProgramJob:
     def command(self, job_id: str) -> list[str]:
         """Return the command of each rank."""
         told = [] if self.output_dir is None else ["--output-dir", self._numbered(self.output_dir, job_id)]
-        return [sys.executable, str(self.program), *told, *self.arguments]
+        return [sys.executable, str(self.program), *told, *self._arguments(job_id)]
 
     def run_folder(self, job_id: str) -> Path | None:
         """Return the folder in which a training says how far it has come."""
@@ -94,6 +95,13 @@ class ProgramJob:
 
     def _numbered(self, path: str, job_id: str) -> str:
         return path.replace("%j", job_id.partition("_")[0] if self.is_swept else job_id)
+
+    def _arguments(self, job_id: str) -> Sequence[str]:
+        """Return the program's arguments; starting anew is said for one start, not for all of the job."""
+        anew = [text for text in self.arguments if text in _STARTS_ANEW]
+        if not anew or progress_of(self.run_folder(job_id)).job != job_id:
+            return self.arguments
+        return [*(text for text in self.arguments if text not in anew), "train.resume=true"]
 
     def _run_rank(self, job: submitit.JobEnvironment) -> int:
         with Processes() as processes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dinov2.configs import Config, batch_size_per_rank, load_config, require_train_dataset, require_trainable
 from dinov2.errors import ConfigError
 from dinov2.run.submit_attempts import Limits
+from dinov2.train.arguments import parse_arguments
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 TRAIN_PROGRAM = Path(__file__).resolve().parents[1] / "train" / "train.py"
@@ -218,10 +219,10 @@ def check_training(arguments: Sequence[str], *, num_ranks: int) -> Config:
         num_ranks: processes it will run on.
 
     Raises:
-        ConfigError: the config file or a key is wrong.
+        ConfigError: the config file, a key or an option is wrong.
     """
-    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
-    cfg = load_config(_config_file(arguments), overrides)
+    args = parse_arguments(arguments)
+    cfg = load_config(args.config_file, args.overrides)
     require_train_dataset(cfg)
     require_trainable(cfg)
     batch_size_per_rank(cfg, world_size=num_ranks)

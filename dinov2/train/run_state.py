@@ -16,6 +16,8 @@ Rank 0 writes it, whole or not at all, at the start, every few seconds while tra
     failures     failures in a row, newest last, at most ten of them, each with iteration (that was not finished; null
                  while it was being prepared), began_at, reason, time, settings (as below); emptied by a stop on
                  request and by the end of the run
+    is_final     failed, and another start would end so, too: a guard rail has ended the run, or it has failed three
+                 times at the same step
     settings     digest of the resolved config and the number of processes
     job          number of the job (123, or 123_4 of an array), null outside of a scheduler
     host, pid    of rank 0
@@ -36,7 +38,7 @@ from typing import Any, Self
 
 from dinov2 import distributed
 from dinov2.configs import Config, config_digest
-from dinov2.errors import TrainingError
+from dinov2.errors import GuardRailError, TrainingError
 
 logger = logging.getLogger("dinov2.train")
 
@@ -72,6 +74,7 @@ class RunRecord:
     attempts: int = 0
     began_at: int | None = None
     failures: tuple[Failure, ...] = ()
+    is_final: bool = False
     settings: str = ""
     job: str | None = None
     host: str
@@ -103,6 +106,11 @@ def failures_at_the_same_step(failures: tuple[Failure, ...]) -> tuple[Failure, .
     return tuple(counted[start:])
 
 
+def _are_enough(failures: tuple[Failure, ...]) -> bool:
+    """Say whether the next start would only repeat the last ones."""
+    return len(failures_at_the_same_step(failures)) >= MAX_FAILURES_AT_A_STEP
+
+
 def _is_same(one: Failure, other: Failure) -> bool:
     is_near = one.iteration == other.iteration or one.began_at == other.began_at
     return is_near and one.settings == other.settings
@@ -117,7 +125,7 @@ class RunState:
     Args:
         cfg: config of the run; the file is in its output directory.
         retry: forget earlier failures.
-        anew: the run starts anew, nothing that is in the file concerns it.
+        anew: the run starts anew: nothing that is in the file concerns it, and it stays as it is until `begin`.
 
     Raises:
         TrainingError: on entering: the last three starts failed at the same step, and nothing was changed since.
@@ -125,16 +133,18 @@ class RunState:
 
     def __init__(self, cfg: Config, *, retry: bool = False, anew: bool = False) -> None:
         self._folder = Path(cfg.train.output_dir)
-        self._settings = f"{config_digest(cfg)[:16]}x{distributed.get_world_size()}"
+        continued = replace(cfg, train=replace(cfg.train, resume=True))  # starting anew is said for one start
+        self._settings = f"{config_digest(continued)[:16]}x{distributed.get_world_size()}"
         self._retry = retry
         self._anew = anew
         self._lock = threading.Lock()  # a rank may be found missing by another thread
         self._record: RunRecord | None = None  # of rank 0
         self._written_at_s = 0.0
+        self._writes = True
 
     def __enter__(self) -> Self:
         distributed.on_main_first(self._open)
-        distributed.call_before_ending(self.fail)
+        distributed.call_before_ending(self._end_with_others)
         return self
 
     def begin(self, step: int, total_steps: int) -> None:
@@ -144,6 +154,7 @@ class RunState:
             step: iteration that comes first.
             total_steps: iterations of the whole run.
         """
+        self._writes = True
         self._update(iteration=step - 1 if step else None, total_steps=total_steps, began_at=step)
         distributed.note_step(step)
 
@@ -157,12 +168,23 @@ class RunState:
             if time.monotonic() - self._written_at_s >= _WRITE_PERIOD_S:
                 self._write()
 
-    def fail(self, reason: str) -> None:
-        """Note that this attempt ends with an error, said in one sentence; the first one counts."""
+    def fail(self, reason: str, *, is_final: bool = False) -> None:
+        """Note that this attempt ends with an error, said in one sentence; the first one counts.
+
+        Args:
+            reason: the sentence.
+            is_final: another start would end with the same one.
+        """
         if self._record is None or self._record.state == FAILED:
             return
         failures = _with_failure(self._record, reason=reason, at=_now())
-        self._update(state=FAILED, failures=failures)
+        self._update(state=FAILED, failures=failures, is_final=is_final or _are_enough(failures))
+
+    def _end_with_others(self, reason: str, is_failure: bool) -> None:
+        if is_failure:
+            self.fail(reason)
+        else:
+            self._update(state=STOPPED, failures=())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,7 +194,8 @@ class RunState:
         if isinstance(error, KeyboardInterrupt):
             self._update(state=STOPPED, failures=())
         elif error is not None:
-            self.fail(str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}")
+            reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+            self.fail(reason, is_final=isinstance(error, GuardRailError))
         elif self._record is not None:
             is_done = self._record.iteration is not None and self._record.iteration + 1 >= self._record.total_steps
             self._update(state=FINISHED if is_done else STOPPED, failures=())
@@ -186,12 +209,13 @@ class RunState:
             killed = record.state == RUNNING
             failures = _with_failure(record, reason=KILLED, at=record.updated) if killed else record.failures
         same = failures_at_the_same_step(failures)
-        if len(same) >= MAX_FAILURES_AT_A_STEP and same[-1].settings == self._settings:
+        if _are_enough(failures) and same[-1].settings == self._settings:
             if record.state == RUNNING:
                 self._record = record
-                self._update(state=FAILED, failures=failures)
+                self._update(state=FAILED, failures=failures, is_final=True)
                 self._record = None
             raise TrainingError(self._report(same))
+        self._writes = not (self._anew and (self._folder / STATE_NAME).exists())
         self._record = RunRecord(
             state=RUNNING,
             iteration=None if record is None else record.iteration,
@@ -224,6 +248,8 @@ class RunState:
 
     def _write(self) -> None:
         """Write the file under another name and rename it; what cannot be written must not end a run."""
+        if not self._writes:
+            return
         self._written_at_s = time.monotonic()
         self._record = replace(self._record, updated=_now())
         content = asdict(self._record)

@@ -27,7 +27,7 @@ from dinov2.data import pass_size
 from dinov2.distributed import Environment, on_every_rank, on_main_first
 from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.logging import MetricLogger, end_program, peak_memory_gib, run_program, setup_logging
-from dinov2.train.arguments import parse_arguments
+from dinov2.train.arguments import Arguments, parse_arguments
 from dinov2.train.batches import DeviceBatches, report_skipped
 from dinov2.train.build import (
     RunPlan,
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = parse_arguments(argv)
+    with StopSignal() as stop:
+        return _run_or_stop(args, stop)
+
+
+def _run_or_stop(args: Arguments, stop: StopSignal) -> int:
     cfg = load_config(args.config_file, args.overrides)
     require_train_dataset(cfg)
     require_trainable(cfg)
@@ -89,7 +94,7 @@ def _run(argv: Sequence[str] | None) -> int:
             if args.eval_only:
                 return do_train(cfg, env, output_dir=output_dir, eval_only=True)
             with RunState(cfg, retry=args.retry, anew=args.overwrite) as state:
-                return do_train(cfg, env, output_dir=output_dir, overwrite=args.overwrite, state=state)
+                return do_train(cfg, env, output_dir=output_dir, overwrite=args.overwrite, state=state, stop=stop)
     finally:
         distributed.shutdown()
 
@@ -102,6 +107,7 @@ def do_train(
     eval_only: bool = False,
     overwrite: bool = False,
     state: RunState | None = None,
+    stop: StopSignal | None = None,
 ) -> int:
     """Build, resume, loop; returns the exit code.
 
@@ -112,6 +118,7 @@ def do_train(
         eval_only: evaluate the newest checkpoint instead of training.
         overwrite: remove the run that the folder holds, after everything that can fail at the start.
         state: is told of the steps; None: nobody is.
+        stop: says when to stop; None: nothing does.
 
     Raises:
         Dinov2Error: settings, data, weights or the run itself do not allow to go on.
@@ -141,7 +148,7 @@ def do_train(
     start_drawn_heads(stages.at(0).cfg, model, start.drawn_heads, dataset=dataset, env=env)
     on_main_first(lambda: begin_run(cfg, stages, output_dir, overwrite=overwrite))
     saver.checkpointer.clean_up()
-    state = state or RunState(cfg)  # one that was not entered writes nothing
+    state, stop = state or RunState(cfg), stop or StopSignal()  # that were not entered write and receive nothing
     state.begin(start.step, stages.last_step)
     if start.step == 0 and cfg.evaluation.at_start:
         require_known_score(saver.save_best, evaluate(model, START))
@@ -153,7 +160,6 @@ def do_train(
     open_batches = partial(build_batches, dataset=dataset, env=env, output_dir=output_dir)
     build_log = partial(build_metric_logger, last_step=stages.last_step, output_dir=output_dir)
     with (
-        StopSignal() as stop,
         naming_the_best(evaluate.best),
         finishing(saver),
         CurrentStage(stages, model=model, optimizer=optimizer, saver=saver, open_batches=open_batches) as current,
@@ -164,6 +170,7 @@ def do_train(
             # It may have been killed since its last checkpoint, before it was evaluated.
             scores = evaluate.if_missing(model, f"training_{start.step - 1}")
             _note_scores(start.step - 1, scores, log=log, saver=saver, rails=rails, samples_seen=samples_seen)
+        stop.begin_steps()
         for step in range(start.step, stages.last_step):
             stage = current.enter(step, samples_seen=samples_seen)
             started = time.perf_counter()
@@ -206,7 +213,7 @@ def do_train(
                 scores = evaluate(model, f"training_{step}")
                 _note_scores(step, scores, log=log, saver=saver, rails=rails, samples_seen=samples_seen)
     report_skipped(output_dir, rank=env.rank)
-    on_main_first(summarise, evaluate, output_dir)
+    on_main_first(lambda: summarise(evaluate, output_dir) if stop.leaves_time else None)
     return 0
 
 

@@ -128,6 +128,14 @@ def test_wrong_settings_of_a_training_are_said_before_it_waits(program, capsys, 
     assert not Path("jobs").exists()
 
 
+def test_a_config_file_out_of_a_sweep_is_no_setting(program, capsys):
+    path = Path("sweep/train.seed=3/config.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text("train:\n  dataset_path: Digits:split=TRAIN\n")
+    lines = script(capsys, "--config-file", str(path), CPU, program=TRAIN_PROGRAM)
+    assert lines[-1] == f"# {sys.executable} {TRAIN_PROGRAM} --config-file {path} {CPU}"
+
+
 def test_logs_of_a_training_lie_where_its_settings_say(program, capsys, tmp_path):
     lines = script(capsys, DATA, "train.output_dir=runs/first", program=TRAIN_PROGRAM)
     assert f"#SBATCH --output={tmp_path}/runs/first/jobs/%j_0_log.out" in lines

@@ -169,6 +169,18 @@ def test_a_refused_requeue_is_said(slurm, capsys):
     assert Record.open(slurm, "12").end["reason"] == sentence
 
 
+@pytest.mark.parametrize("option", ["--no-resume", "--overwrite", "train.resume=false"])
+def test_a_job_that_starts_anew_does_so_once(slurm, option):
+    job = DelayedSubmission.load(slurm / "12_submitted.pkl").function
+    job = replace(job, arguments=("--config-file", "F", option, "optim.epochs=3"))
+    state = Path("runs/12/run_state.json")
+    state.write_text(json.dumps({"state": "finished", "job": "11"}))
+    assert job.command("12")[4:] == list(job.arguments)
+    state.write_text(json.dumps({"state": "stopped", "job": "12"}))
+    assert job.command("12")[4:] == ["--config-file", "F", "optim.epochs=3", "train.resume=true"]
+    assert replace(job, run_dir=None).command("12")[4:] == list(job.arguments)  # another program's option
+
+
 def test_the_jobs_of_a_sweep_share_the_number_in_their_folders(slurm):
     job = DelayedSubmission.load(slurm / "12_submitted.pkl").function
     assert job.command("12_3")[2:] == ["--output-dir", "runs/12_3"]

@@ -10,8 +10,8 @@ TRAINING = Limits(max_requeues=2, max_restarts=4, knows_steps=True)
 EVALUATION = Limits(max_requeues=2, max_restarts=0)
 
 
-def attempt(code=0, *, step=None, began_at=0, state="running", **changes):
-    progress = Progress(state=state, step=step, began_at=began_at)
+def attempt(code=0, *, step=None, began_at=0, state="running", is_final=False, **changes):
+    progress = Progress(state=state, step=step, began_at=began_at, is_final=is_final)
     return Attempt(number=1, ended=0.0, code=code, progress=progress, **changes)
 
 
@@ -77,6 +77,13 @@ def follow(*attempts, limits=TRAINING, is_cancelled=False):
             "failed",
             1,
             "process 0 ended with exit code 1; before training began, not restarted; log: the.log",
+        ),
+        (
+            attempt(1, rank=0, step=50, is_final=True),
+            TRAINING,
+            "failed",
+            1,
+            "process 0 ended with exit code 1 at step 50; not restarted, it would end so again; log: the.log",
         ),
         (
             attempt(137, rank=3, host="node2", step=50),
@@ -170,6 +177,7 @@ def test_the_record_comes_back_from_its_file(tmp_path):
     [
         ('{"state": "stopped", "iteration": 6, "began_at": 2}', Progress(state="stopped", step=7, began_at=2)),
         ('{"state": "running", "iteration": null, "began_at": null}', Progress(state="running")),
+        ('{"state": "failed", "is_final": true, "job": "7_1"}', Progress(state="failed", is_final=True, job="7_1")),
         ("[]", Progress()),
         ('{"state', Progress()),
     ],

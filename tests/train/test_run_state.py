@@ -7,7 +7,7 @@ import pytest
 from support.training import TINY_RUN, train
 
 from dinov2.configs import load_config
-from dinov2.errors import TrainingError
+from dinov2.errors import GuardRailError, StoppedEarly, TrainingError
 from dinov2.train.run_state import KILLED, STATE_NAME, RunState, failures_at_the_same_step, read_run_state
 
 
@@ -127,6 +127,47 @@ def test_retrying_changing_a_setting_and_starting_anew_are_not_refused(tmp_path,
         for _ in range(3):
             fail(other, **options)
         assert len(read_run_state(tmp_path).failures) == 1
+
+
+def test_a_start_that_would_overwrite_changes_nothing_before_it_begins(tmp_path, cfg):
+    fail(cfg, done=range(7))
+    before = (tmp_path / STATE_NAME).read_text()
+    for error in (TrainingError("no weights"), StoppedEarly("SIGTERM")):
+        with pytest.raises(type(error)), RunState(cfg, anew=True):
+            raise error
+        assert (tmp_path / STATE_NAME).read_text() == before
+    with RunState(cfg, anew=True) as state:
+        state.begin(0, 3)
+        found = read_run_state(tmp_path)
+        assert (found.state, found.iteration, found.attempts, found.failures) == ("running", None, 1, ())
+
+
+def test_a_stop_before_the_first_step_is_no_failure(tmp_path, cfg):
+    for _ in range(4):
+        with pytest.raises(StoppedEarly), RunState(cfg) as state:
+            state.begin(0, 100)
+            raise StoppedEarly("SIGTERM")
+        found = read_run_state(tmp_path)
+        assert (found.state, found.failures) == ("stopped", ())
+
+
+def test_a_failure_that_would_come_again_is_final(tmp_path, cfg):
+    for is_final in (False, False, True):
+        fail(cfg)
+        assert read_run_state(tmp_path).is_final is is_final
+    with pytest.raises(GuardRailError), RunState(cfg, retry=True) as state:
+        assert not read_run_state(tmp_path).is_final
+        state.begin(0, 100)
+        raise GuardRailError("iteration 3: features collapse")
+    assert read_run_state(tmp_path).is_final
+    with RunState(cfg):
+        assert not read_run_state(tmp_path).is_final  # it may be started by hand
+
+
+def test_starting_anew_is_the_same_setting_as_going_on(tmp_path, cfg):
+    fail(replace(cfg, train=replace(cfg.train, resume=False)))
+    fail(cfg)
+    assert len({failure.settings for failure in read_run_state(tmp_path).failures}) == 1
 
 
 def test_failures_that_are_not_in_a_row_or_go_on_are_not_refused(tmp_path, cfg):
