@@ -18,6 +18,7 @@ from support.fork_server import ForkedRanks
 from dinov2 import distributed
 from dinov2.distributed.heartbeat import Heartbeat
 from dinov2.distributed.launch_environment import LaunchEnvironment
+from dinov2.errors import StoppedEarly
 from dinov2.logging import run_program
 
 ENDS_WITHIN_S = 30
@@ -88,6 +89,18 @@ def fail_on_one_rank(argv):
     return 0
 
 
+def be_told_to_stop(argv):
+    """Rank 2 alone, and before there is anything to save."""
+    with group() as rank:
+        distributed.call_before_ending(lambda reason, is_failure: print(is_failure, flush=True))
+        if rank == 2:
+            raise StoppedEarly("SIGTERM")
+        if rank == 1:
+            time.sleep(60)
+        distributed.all_reduce_sum(torch.ones(1))
+    return 0
+
+
 def compute_for_long(argv):
     """Longer than a rank may be silent; rank 1 leaves before."""
     with group() as rank:
@@ -120,6 +133,7 @@ CASES = {
     "rank 0 killed": (sleep_outside_of_collectives, 3, (signal.SIGKILL, 0)),
     "suspended": (wait_in_a_collective, 2, (signal.SIGSTOP, 1)),
     "failed alone": (fail_on_one_rank, 2, None),
+    "told to stop": (be_told_to_stop, 3, None),
     "long": (compute_for_long, 2, None),
     "suspended together": (be_suspended_together, 2, None),
     "did not come": (stay_away, 3, None),
@@ -201,6 +215,14 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(found):
         f"error: rank 0: rank 1 (process P on H) has failed: KeyError: 'an error that nobody foresaw'{END}"
     ]
     assert "Traceback" in logs[1]
+
+
+@pytest.mark.dist
+def test_one_rank_that_is_told_to_stop_ends_all_without_a_failure(found):
+    codes, logs = found["told to stop"]
+    assert codes == [0, 0, 0]
+    assert errors_of(logs[0]) == [f"rank 0: rank 2 (process P on H) was stopped by SIGTERM{END}", "False\n"]
+    assert logs[1] == "False\n"
 
 
 @pytest.mark.dist

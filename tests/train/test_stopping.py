@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from support.training import PROGRAM, TINY_RUN, assert_same_state, metrics_of, train
 
+from dinov2.train import train as train_module
+from dinov2.train.run_state import read_run_state
+
 TIME_LIMIT_S = 180  # for a loaded machine; what is waited for takes a few seconds
 
 SLOW_DATASET = """
@@ -135,8 +138,15 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path
     assert [row["iteration"] for row in metrics_of(tmp_path)] == list(range(step + 2))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [
+        (signal.SIGTERM, 0, "stopped by SIGTERM before the first step; start again to go on"),
+        (signal.SIGUSR2, 0, "stopped by SIGUSR2 before the first step; start again to go on"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, number, code, sentence):
     dataset = "slow_images.Slow:delay_s=0.1"
     options = [f"evaluation.knn.{part}_dataset_path={dataset}" for part in ("train", "val")]
     process = start(tmp_path / "run", *options, "evaluation.at_start=true", "train.num_workers=2")
@@ -144,7 +154,21 @@ def test_a_signal_during_the_first_evaluation_ends_at_once(tmp_path, slow, numbe
     process.send_signal(number)
     ended, errors = end_of(process)
     assert ended == code and "Traceback" not in errors, errors
+    assert errors.splitlines()[-1] == sentence
     assert not list((tmp_path / "run").glob("model_*"))
+    found = read_run_state(tmp_path / "run")
+    assert (found.state, found.began_at, found.failures) == ("stopped", 0, ())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_lets_the_run_finish(tmp_path, monkeypatch, number):
+    """A scheduler's leaves no time for plots."""
+    monkeypatch.setattr(train_module, "report_skipped", lambda *args, **options: os.kill(os.getpid(), number))
+    drawn = []
+    monkeypatch.setattr(train_module, "summarise", lambda *args: drawn.append(os.kill(os.getpid(), signal.SIGTERM)))
+    assert train(tmp_path, "train.max_steps=2") == 0
+    assert read_run_state(tmp_path).state == "finished"
+    assert len(drawn) == (number == signal.SIGINT)
 
 
 def test_an_unforeseen_error_in_a_worker_ends_the_process(tmp_path, slow):
