@@ -169,7 +169,10 @@ class GuardRails:
             sentence = f"{copied:.0f} % {of_all} are copies of each other: there is nothing to tell apart"
         else:
             return
-        sentence = f"before the first step: {sentence}; look at them (run/preview.py, run/check_data.py)"
+        sentence = (
+            f"before the first step: {sentence}; look at them (run/preview.py, run/check_data.py); if they are as they "
+            f"should be, guard_rails.action=warn trains on them"
+        )
         if self.stops:
             raise GuardRailError(sentence)
         logger.warning("%s", sentence)

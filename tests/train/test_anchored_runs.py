@@ -25,7 +25,8 @@ LOSSES = ("gram_loss", "anchor_cls_loss", "anchor_patch_loss")
 def weights(tmp_path_factory):
     """Weights that two runs start from: the teachers of a run after one step and after two."""
     folder = tmp_path_factory.mktemp("start")
-    assert train(folder, *LOUD, "train.max_steps=2", "evaluation.eval_period_iterations=1") == 0
+    evaluated = ("evaluation.eval_period_iterations=1", "evaluation.health.num_images=0")
+    assert train(folder, *LOUD, "train.max_steps=2", *evaluated) == 0
     return [folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth" for step in (0, 1)]
 
 
@@ -75,14 +76,14 @@ def test_a_stop_changes_nothing_even_if_the_files_are_gone(tmp_path, weights):
 @pytest.mark.dist
 def test_two_processes_give_the_losses_of_one(tmp_path, weights):
     common = [*ELASTIC_RUN, *ANCHORS, *GRAM, *SIZES, start_from(weights[0]), "optim.scaling_rule=none"]
-    common += ["optim.base_lr=0.001", "gram.ckpt=start", "gram.update_frequency=2"]
+    common += ["optim.base_lr=0.001", "gram.ckpt=start", "gram.update_frequency=1", "train.global_batch_size=4"]
     strategies = ("SHARD_GRAD_OP", "FULL_SHARD")
     options = [(tmp_path / name, [*common, f"compute_precision.sharding_strategy={name}"]) for name in strategies]
-    train_in_turns([(folder, [*case, "train.max_steps=3"]) for folder, case in options])
-    assert train(tmp_path / "one", *common, "train.max_steps=4") == 0
+    train_in_turns([(folder, [*case, "train.max_steps=2"]) for folder, case in options])
+    assert train(tmp_path / "one", *common, "train.max_steps=3") == 0
     # a checkpoint of two processes, frozen networks and all, goes on in one
     folder, case = options[0]
-    assert train(folder, *case, "train.max_steps=4") == 0
+    assert train(folder, *case, "train.max_steps=3") == 0
     for folder, _ in options:
         two, one = metrics_of(folder), metrics_of(tmp_path / "one")
         for loss in ("total_loss", *LOSSES):
