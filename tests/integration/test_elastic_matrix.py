@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.dist]
 def train(folder, *options):
     folder.mkdir(parents=True, exist_ok=True)
     cfg = load_config(None, [*RUN, *options, f"train.output_dir={folder}"])
-    with mock.patch("dinov2.train.train.plot_training_curves"):  # takes longer than the steps
+    with mock.patch("dinov2.train.run_log.plot_training_curves"):  # takes longer than the steps
         do_train(cfg, distributed.init("cpu"), output_dir=folder)
 
 

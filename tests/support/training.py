@@ -1,14 +1,20 @@
-"""A run of a few small steps through the training program, and what it leaves behind."""
+"""A run of a few small steps through the training program, and what it leaves behind.
+
+Runs in this process and on forked ranks draw no curves, which takes longer than the steps.
+"""
 
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import data_adapters.digits  # noqa: F401, before ranks are forked: importing scikit-learn takes longer than the steps
 from dinov2 import distributed
 from dinov2.configs import load_config
 from dinov2.train.train import do_train, main
@@ -69,7 +75,8 @@ ELASTIC_RUN = (
 
 def train(output_dir: Path, *options: str) -> int:
     """Run the program in this process; returns its exit code."""
-    return main(["--output-dir", str(output_dir), *TINY_RUN, *options])
+    with _without_curves():
+        return main(["--output-dir", str(output_dir), *TINY_RUN, *options])
 
 
 def start_training(output_dir: Path, *options: str) -> subprocess.Popen[str]:
@@ -99,7 +106,12 @@ def _turns_of_a_rank(runs: Sequence[tuple[str, Sequence[str]]]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         cfg = load_config(None, [*TINY_RUN, *options, f"train.output_dir={folder}"])
         torch.manual_seed(123)  # what a process starts with must not matter
-        do_train(cfg, distributed.init("cpu"), output_dir=Path(folder))
+        with _without_curves():
+            do_train(cfg, distributed.init("cpu"), output_dir=Path(folder))
+
+
+def _without_curves() -> AbstractContextManager:
+    return mock.patch("dinov2.train.run_log.plot_training_curves")
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
