@@ -140,10 +140,15 @@ def read_timeouts(variables: Mapping[str, str]) -> Timeouts:
 
 
 def read_job_id(variables: Mapping[str, str]) -> str | None:
-    """Name the job of a scheduler that this process belongs to: 123, or 123_4 of an array; None outside of any."""
+    """Name the job of a scheduler that this process belongs to: 123, or 123_4 of an array; None outside of any.
+
+    The launcher's own job on this machine goes first: it may run inside of one of Slurm.
+    """
+    if "SUBMITIT_LOCAL_JOB_ID" in variables:
+        return variables["SUBMITIT_LOCAL_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in variables:
         return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables.get('SLURM_ARRAY_TASK_ID', '0')}"
-    return variables.get("SLURM_JOB_ID") or variables.get("SUBMITIT_LOCAL_JOB_ID")
+    return variables.get("SLURM_JOB_ID")
 
 
 def _has_gpu_of_its_own(variables: Mapping[str, str], *, num_tasks: int) -> bool:

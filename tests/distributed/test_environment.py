@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from dinov2 import distributed
-from dinov2.distributed.launch_environment import expand_slurm_counts, first_slurm_host, read_launch_environment
+from dinov2.distributed.launch_environment import (
+    expand_slurm_counts,
+    first_slurm_host,
+    read_job_id,
+    read_launch_environment,
+)
 from dinov2.errors import ConfigError
 
 TORCHRUN = {
@@ -141,3 +146,16 @@ def test_wrong_device_gives_one_sentence(environment_of, monkeypatch, device, nu
     with pytest.raises(ConfigError) as error:
         distributed.init(device)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3"),
+        ({"SLURM_JOB_ID": "12", "SUBMITIT_LOCAL_JOB_ID": "4711"}, "4711"),
+    ],
+)
+def test_the_number_of_the_job_is_that_of_the_launcher(variables, number):
+    assert read_job_id(variables) == number

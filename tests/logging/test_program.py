@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dinov2.errors import CheckpointError, ConfigError, DatasetError
+from dinov2.errors import CheckpointError, ConfigError, DatasetError, StoppedEarly
 from dinov2.logging import run_program
 
 
@@ -86,6 +86,19 @@ def test_usage_errors_and_help_give_exit_codes(capsys):
 def test_ctrl_c(capsys):
     assert run_program(raising(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_being_told_to_stop_before_the_first_step_is_no_failure(capsys):
+    assert run_program(raising(StoppedEarly("SIGTERM")), []) == 0
+    assert capsys.readouterr().err == "stopped by SIGTERM before the first step; start again to go on\n"
+
+
+def test_a_signal_while_a_program_ends_does_not_change_its_exit_code():
+    script = (
+        "import atexit, os, signal\nfrom dinov2.logging import end_program\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\nend_program(0)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_mistakes_of_ours_keep_their_traceback(caplog):
