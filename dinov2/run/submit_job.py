@@ -22,7 +22,7 @@ from dinov2.run.submit_local import LocalRanks
 from dinov2.run.submit_process import Processes, end_with_parent, without_launcher
 
 RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued a job
-_STARTS_ANEW = ("--no-resume", "--overwrite", "train.resume=false", "train.resume=False")
+_STARTS_ANEW = ("--no-resume", "--overwrite")  # options of the training; a config file may say the first one, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,9 @@ class ProgramJob:
 
     def _arguments(self, job_id: str) -> Sequence[str]:
         """Return the program's arguments; starting anew is said for one start, not for all of the job."""
-        anew = [text for text in self.arguments if text in _STARTS_ANEW]
-        if not anew or progress_of(self.run_folder(job_id)).job != job_id:
+        if self.run_dir is None or progress_of(self.run_folder(job_id)).job != job_id:
             return self.arguments
-        return [*(text for text in self.arguments if text not in anew), "train.resume=true"]
+        return [*(text for text in self.arguments if text not in _STARTS_ANEW), "train.resume=true"]
 
     def _run_rank(self, job: submitit.JobEnvironment) -> int:
         with Processes() as processes:

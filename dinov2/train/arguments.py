@@ -23,6 +23,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="train.py",
+        allow_abbrev=False,  # the launcher knows some of the options
         description="Train DINOv2 on your own images. Start it with python for one process, torchrun for several.",
         epilog="Without flags a run goes on from the newest complete checkpoint in its folder, if there is one. "
         "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end the step, save and exit with 0. torchrun passes Ctrl-C and SIGTERM "

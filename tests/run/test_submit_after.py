@@ -169,10 +169,9 @@ def test_a_refused_requeue_is_said(slurm, capsys):
     assert Record.open(slurm, "12").end["reason"] == sentence
 
 
-@pytest.mark.parametrize("option", ["--no-resume", "--overwrite", "train.resume=false"])
-def test_a_job_that_starts_anew_does_so_once(slurm, option):
+def test_a_job_that_starts_anew_does_so_once(slurm):
     job = DelayedSubmission.load(slurm / "12_submitted.pkl").function
-    job = replace(job, arguments=("--config-file", "F", option, "optim.epochs=3"))
+    job = replace(job, arguments=("--config-file", "F", "--no-resume", "--overwrite", "optim.epochs=3"))
     state = Path("runs/12/run_state.json")
     state.write_text(json.dumps({"state": "finished", "job": "11"}))
     assert job.command("12")[4:] == list(job.arguments)
