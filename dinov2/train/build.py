@@ -1,4 +1,4 @@
-"""Build the parts of a run from its config: the one place, with `SSLMetaArch`, that reads config keys."""
+"""Build the parts of a run from its config: with `SSLMetaArch` and `networks`, the one place that reads config keys."""
 
 import json
 import logging
