@@ -62,6 +62,7 @@ PROGRAMS = [
     "dinov2-eval-tsne = dinov2.eval.tsne:main",
     "dinov2-checkpoint = dinov2.run.checkpoint:main",
     "dinov2-inspect-weights = dinov2.run.inspect_weights:main",
+    "dinov2-estimate = dinov2.run.estimate:main",
     "dinov2-export = dinov2.run.export:main",
     "dinov2-check-data = dinov2.run.check_data:main",
     "dinov2-preview = dinov2.run.preview:main",
