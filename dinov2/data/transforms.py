@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dinov2.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.data.datasets.decoders import pil_to_tensor
+from dinov2.errors import DatasetError
 
 
 def make_classification_eval_transform(
@@ -28,7 +29,7 @@ def make_classification_eval_transform(
 
     Returns:
         A function from a Pillow image of mode L or RGB or a tensor [C, H, W], uint8, uint16 or float in 0..1, to
-        float32 [C, crop_size, crop_size].
+        float32 [C, crop_size, crop_size]. It raises DatasetError for an image with another number of channels.
     """
     return _EvalTransform(max(resize_size, crop_size), crop_size, torch.tensor(mean), torch.tensor(std))
 
@@ -44,6 +45,9 @@ class _EvalTransform:
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         pixels = pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        found, wanted = len(pixels), len(self.mean)
+        if found != wanted:
+            raise DatasetError(f"it has {found} channels, but student.in_chans={wanted}; set student.in_chans={found}")
         full_scale = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
         height, width = pixels.shape[1:]
         scale = self.resize_size / min(height, width)

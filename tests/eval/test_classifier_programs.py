@@ -133,6 +133,7 @@ def test_linear_goes_on_from_a_saved_state(shared, tmp_path, capsys):
     assert results(tmp_path, "linear")["sweep"] == whole["sweep"]
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("program", "name", "options"),

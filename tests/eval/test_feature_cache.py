@@ -99,6 +99,7 @@ def on_ranks(folder, num_processes):
     return features(Path(folder), into=f"on_{num_processes}").values.clone()
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_the_number_of_processes_does_not_change_a_byte(folder):
     alone = features(folder)

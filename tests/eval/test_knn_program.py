@@ -62,6 +62,7 @@ def test_program_writes_results_and_a_table(weights, tmp_path, capsys):
     assert (tmp_path / "out" / "logs" / "log.txt").is_file()
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_program_gives_the_same_on_two_processes(weights, tmp_path):
     assert main(arguments(weights, tmp_path)) == 0
@@ -99,7 +100,7 @@ def test_online_score_is_that_of_the_program(weights, tmp_path):
     assert main(arguments(weights, tmp_path, "--nb_knn", "5", "10")) == 0
     cfg = load_config(None, [*MODEL, *SIZES, *ONLINE, f"train.output_dir={tmp_path}"])
     knn = OnlineKnn.from_config(cfg, device=CPU)
-    scores = knn.score(*knn.extract(tiny_backbone())).named_scores()
+    scores = knn.score(*knn.extract(tiny_backbone()))[0].named_scores()
     assert [name for name in scores if name.endswith("_top1_pct")] == [
         "knn_top1_pct",
         "knn5_top1_pct",
@@ -206,5 +207,5 @@ def test_groups_are_scored_beside_images(weights, tmp_path, capsys):
         None, [*MODEL, *SIZES, *ONLINE, *online, "evaluation.knn.nb_knn=[3, 1]", f"train.output_dir={tmp_path}"]
     )
     knn = OnlineKnn.from_config(cfg, device=CPU)
-    scores = knn.score(*knn.extract(tiny_backbone())).named_scores()
+    scores = knn.score(*knn.extract(tiny_backbone()))[0].named_scores()
     assert {name: scores[name] for name in names} == {name: found[name] for name in names}

@@ -100,6 +100,7 @@ def test_protocols_scores_any_grouped_metadata(screen, tmp_path):
         assert f"{prefix}_top1_pct" in found and f"{prefix}_mean_per_plate_pct" in found
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_two_processes_give_the_same(screen, tmp_path):
     assert bbbc021(arguments(screen, tmp_path / "one")) == 0

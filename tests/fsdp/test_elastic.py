@@ -86,6 +86,7 @@ def test_every_number_of_processes_and_every_strategy_reads_every_other(tmp_path
     check_matrix(tmp_path, saving, {1: ["NO_SHARD"], 2: ["FULL_SHARD"], 3: few, 4: STRATEGIES})
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_two_processes_write_what_one_and_three_read(tmp_path):
     check_matrix(tmp_path, {2: STRATEGIES}, {1: ["NO_SHARD"], 3: ["FULL_SHARD"]})
@@ -133,6 +134,7 @@ def continue_with(folder, source):
     return {"before": files, "after": sorted(path.name for path in target.iterdir()), "names": len(whole_state(run))}
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_a_run_with_fewer_ranks_leaves_no_files_of_the_others(tmp_path):
     folder = tmp_path / "3"

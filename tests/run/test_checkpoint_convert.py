@@ -214,6 +214,7 @@ def load_on_ranks(folder, strategy):
     return state | {"random": torch.rand(8)}
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_ranks_continue_from_a_resharded_checkpoint_as_from_the_original(tmp_path, capsys):
     run_distributed(save_on_ranks, num_processes=2, args={"folder": str(tmp_path / "run")})

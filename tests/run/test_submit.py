@@ -322,6 +322,7 @@ def test_jobs_that_run_together_share_out_the_gpus(program, monkeypatch, capsys)
     assert fails_with(capsys, [*sweep, "--ngpus", "2", str(program)]) == f"error: --array 2 --ngpus 2: {ending}"
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_knn_runs_as_a_job_of_two_processes(tmp_path):
     model = build_model("vit_tiny", depth=2, embed_dim=48, patch_size=4, img_size=16, init_values=1.0)

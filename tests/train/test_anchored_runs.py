@@ -73,6 +73,7 @@ def test_a_stop_changes_nothing_even_if_the_files_are_gone(tmp_path, weights):
     assert not is_equal(renewed, part(saved, "anchoring.networks.gram_teacher."))
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_two_processes_give_the_losses_of_one(tmp_path, weights):
     common = [*ELASTIC_RUN, *ANCHORS, *GRAM, *SIZES, start_from(weights[0]), "optim.scaling_rule=none"]

@@ -30,6 +30,7 @@ def whole(tmp_path_factory):
     return losses_of(folder)
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 @pytest.mark.parametrize("move", MOVES)
 def test_the_losses_go_on(tmp_path, whole, move):
@@ -41,6 +42,7 @@ def test_the_losses_go_on(tmp_path, whole, move):
     torch.testing.assert_close(losses_of(tmp_path), whole, rtol=1e-5, atol=0)
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_a_number_of_processes_that_does_not_divide_is_told_which_do(tmp_path):
     assert train(tmp_path, *ELASTIC_RUN, "train.global_batch_size=null", "train.max_steps=1") == 0
@@ -54,6 +56,7 @@ def test_a_number_of_processes_that_does_not_divide_is_told_which_do(tmp_path):
     )
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_the_global_batch_is_kept_where_the_config_gives_that_of_a_process(tmp_path):
     options = [*ELASTIC_RUN, "train.global_batch_size=null", "train.batch_size_per_gpu=12"]
@@ -62,6 +65,7 @@ def test_the_global_batch_is_kept_where_the_config_gives_that_of_a_process(tmp_p
     assert [row["current_batch_size"] for row in metrics_of(tmp_path)] == [12, 12]
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_one_process_starts_from_a_checkpoint_of_two(tmp_path):
     two, still = tmp_path / "two", ("optim.base_lr=0", "optim.min_lr=0", "teacher.momentum_teacher=1")

@@ -143,6 +143,7 @@ def test_a_run_that_stays_below_its_start_is_ended_and_its_start_is_the_best(tmp
     assert kept(tmp_path / "run")["evaluation"] == "start"
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_all_ranks_end_together(tmp_path, weights):
     options = (f"student.pretrained_weights={weights}", "student.layerscale=1", *QUICK)

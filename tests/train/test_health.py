@@ -81,6 +81,7 @@ def test_it_can_be_turned_off_and_a_new_run_removes_what_the_old_one_measured(tm
     assert not set(NAMES) & set(metrics_of(tmp_path / "run")[0])
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_two_ranks_measure_what_one_measures(tmp_path, whole):
     done = train_on_ranks(tmp_path, *OPTIONS, "train.max_steps=2", "train.batch_size_per_gpu=6")

@@ -44,6 +44,7 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps(tmp_path, two_ranks, case):

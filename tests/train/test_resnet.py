@@ -119,6 +119,7 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_two_processes_with_synchronised_statistics_have_the_losses_of_one_and_resume(two_ranks, one_process):
     # Statistics of few images amplify float noise, and each step the noise of the steps before it.
@@ -126,6 +127,7 @@ def test_two_processes_with_synchronised_statistics_have_the_losses_of_one_and_r
     assert_same_state(two_ranks / "whole", two_ranks / "parts", name="model_0000002", num_ranks=2)
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_statistics_of_single_ranks_are_averaged_and_saved(two_ranks):
     folder = two_ranks / "alone"

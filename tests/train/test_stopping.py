@@ -100,7 +100,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("case", STOPS)
+@pytest.mark.parametrize(
+    "case", [case if case == "term" else pytest.param(case, marks=pytest.mark.integration) for case in STOPS]
+)
 def test_a_signal_to_all_processes_ends_the_step_saves_and_resuming_gives_the_whole_run(tmp_path, case):
     number, steps, options = STOPS[case]
     options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", *options]
@@ -119,6 +121,7 @@ def test_a_signal_to_all_processes_ends_the_step_saves_and_resuming_gives_the_wh
     assert_same_state(tmp_path / "whole", tmp_path / "parts", name=f"model_{step + 2:07d}")
 
 
+@pytest.mark.integration
 @pytest.mark.dist
 def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path):
     options = ["train.OFFICIAL_EPOCH_LENGTH=4000", "logging.period_steps=1", "train.batch_size_per_gpu=6"]
