@@ -25,6 +25,9 @@ WITHOUT_EFFECT_ON_RESULTS = (
     "student.pretrained_weights",
     "train.checkpointing",
     "train.checkpointing_full",
+    "train.compile",
+    "train.compile_mode",
+    "train.compile_target",
     "train.batch_size_per_gpu",  # the images of a step over all ranks count
     "train.global_batch_size",  # compared as the number that holds, by the caller of `changed_settings`
     "train.max_steps",

@@ -67,6 +67,7 @@ class Config:
     def __post_init__(self) -> None:
         self._require_patch_tokens()
         self._require_blocks_to_compute_again()
+        self._require_gradients_of_one_pass()
         self._require_whole_patches()
         self._require_something_to_learn()
         self._require_a_statistic_per_channel()
@@ -95,6 +96,14 @@ class Config:
                     f"train.{name}=true computes blocks twice, which would count each batch twice in the statistics of "
                     f"student.arch={self.student.arch}; set train.{name}=false"
                 )
+
+    def _require_gradients_of_one_pass(self) -> None:
+        train, passes = self.train, self.optim.gradient_accumulation_steps
+        if train.compile and train.compile_mode == "reduce-overhead" and passes > 1:
+            raise ConfigError(
+                f"train.compile_mode=reduce-overhead would overwrite the gradients of the passes before with "
+                f"optim.gradient_accumulation_steps={passes}; set train.compile_mode=default"
+            )
 
     def _require_whole_patches(self) -> None:
         if self.student.is_resnet:

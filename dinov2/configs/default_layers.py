@@ -1,7 +1,8 @@
 """The two layers of defaults: DINOv2's are the dataclasses'; DINOv3's differ from them in this table.
 
 Source: DINOv3's default config, for the keys in which DINOv3 and DINOv2 train differently. Kept from DINOv2's layer:
-compute_precision.param_dtype=auto (DINOv3: bf16), which is bf16 wherever a GPU has it.
+compute_precision.param_dtype=auto (DINOv3: bf16), which is bf16 wherever a GPU has it; train.compile=false (DINOv3:
+true), which costs minutes at each start and is honoured where a file sets it.
 """
 
 from collections.abc import Mapping

@@ -99,8 +99,7 @@ _LOSSES: Mapping[str, ParentKey] = {
 _TRAIN: Mapping[str, ParentKey] = {
     "train.saveckp_freq": _honoured(int, "epochs between saves; becomes checkpointing.period in steps"),
     "train.cache_dataset": _ignored(bool, "file lists are read anew at each start", True, False),
-    "train.cudagraphs": _ignored(bool, "steps are not recorded as CUDA graphs", False),
-    "train.compile": _ignored(bool, "the model runs uncompiled", True, False),
+    "train.cudagraphs": _ignored(bool, "train.compile_mode decides", False),
     "train.monitor_gradient_norm": _ignored(bool, "gradient norms are always recorded", False),
     "train.fsdp_reshard_after_forward": _honoured(
         bool, "becomes compute_precision.sharding_strategy: FULL_SHARD for true, SHARD_GRAD_OP for false"

@@ -38,6 +38,14 @@ class TrainConfig(Section):
     # keep nothing but what goes into each block, with or without train.checkpointing: the least memory, at the cost of
     # a second forward pass of the student's backbone
     checkpointing_full: bool = False
+    # let torch.compile make kernels for the blocks, which takes minutes at the start and needs a C compiler, for CUDA
+    # Triton too; the values are the same but for rounding. Where it cannot work, a warning says so, and the blocks run
+    # as they are. DINOv3's files set true
+    compile: bool = False
+    # what torch.compile aims at; reduce-overhead: CUDA graphs, without optim.gradient_accumulation_steps;
+    # max-autotune-no-cudagraphs: the fastest kernels that it finds by trying, perhaps others at the next start
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    compile_target: Literal["student", "teacher", "both"] = "both"  # whose backbone is compiled
     on_bad_image: Literal["error", "skip"] = "error"  # image that cannot be read: stop, or take another
     # epoch: each pass over the images in a new order, those behind its last whole batch left out; infinite: passes
     # follow without a gap, each visits each image once; sharded_infinite: the same without a list of all in memory
@@ -65,6 +73,12 @@ class TrainConfig(Section):
     def recomputation(self) -> Literal["none", "selective", "full"]:
         """What the student's blocks do not keep for the backward pass."""
         return "full" if self.checkpointing_full else "selective" if self.checkpointing else "none"
+
+    @property
+    def compiled(self) -> tuple[Literal["student", "teacher"], ...]:
+        """Whose blocks are to run compiled."""
+        networks = ("student", "teacher") if self.compile_target == "both" else (self.compile_target,)
+        return networks if self.compile else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from dinov2.configs.values import convert
 from dinov2.errors import ConfigError
 
 _OF_RESNETS = ("arch", "in_chans", "pretrained_weights", "allow_partial_weights", "sync_batchnorm")
+_OF_COMPILING = {"train.compile", "train.compile_mode", "train.compile_target"}
 _CROP_SIZES = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")
 
 
@@ -221,13 +222,15 @@ def _idle(ours: Mapping[str, Given]) -> list[str]:
     parts: list[tuple[set[str], str]] = []
     if arch in RESNET_ARCHS:
         of_vit = {key for key in leaves() if key.startswith("student.")} - {f"student.{name}" for name in _OF_RESNETS}
-        parts.append((of_vit, f"student.arch={arch} is no ViT"))
+        parts.append((of_vit | _OF_COMPILING, f"student.arch={arch} is no ViT"))
     else:
         if _value(ours, "student.pos_embed_type") == "learned":
             rope = {key for key in leaves() if key.startswith("student.pos_embed_rope_")}
             parts.append((rope, "student.pos_embed_type=learned has no such part"))
         if not _value(ours, "crops.local_crops_number"):
             parts.append(({"student.untie_global_and_local_cls_norm"}, "there are no local crops"))
+        if not _value(ours, "train.compile"):
+            parts.append((_OF_COMPILING, "train.compile=false"))
     if not _value(ours, "dino.reweight_dino_local_loss"):
         schedule = {key for key in leaves() if key.startswith("dino.local_loss_weight_schedule.")}
         parts.append((schedule, "dino.reweight_dino_local_loss=false"))

@@ -52,6 +52,9 @@ class Block(nn.Module):
         super().__init__()
         self.drop_path_rate = drop_path
         self.recomputation: Recomputation = "none"  # what is not kept for the backward pass; see `checkpointed`
+        # What `forward` calls for the arithmetic: `Block.compute` or a compiled form of it. Not bound to this block, so
+        # that a copy computes with its own weights.
+        self.computed_by: Callable[..., Tensor] = Block.compute
         self.norm1 = norm_layer(dim)
         self.attn = SelfAttention(
             dim,
@@ -83,6 +86,10 @@ class Block(nn.Module):
         """
         if layout is None:
             return self.forward(x.flatten(0, 1), ((x.shape[0], x.shape[1]),), rotations).view_as(x)
+        return self.computed_by(self, x, layout, rotations)
+
+    def compute(self, x: Tensor, layout: Layout, rotations: Rotations | None) -> Tensor:
+        """Return packed tokens of the same shape; what gathers weights, and other hooks, are around it."""
         return checkpointed(self._transform, x, layout, rotations, recomputation=self.recomputation)
 
     def _transform(self, x: Tensor, layout: Layout, rotations: Rotations | None) -> Tensor:

@@ -33,12 +33,15 @@ def checkpointed(function: Callable[..., Tensor], *args: Any, recomputation: Rec
     """
     if recomputation == "none" or not torch.is_grad_enabled():
         return function(*args)
+    if torch.compiler.is_compiling():  # a compiler follows none but its own contexts, made where they are passed on
+        if recomputation == "full":
+            return checkpoint(function, *args, use_reentrant=False)
+        selective = partial(create_selective_checkpoint_contexts, _keep_products)
+        return checkpoint(function, *args, use_reentrant=False, context_fn=selective)
     contexts = noop_context_fn
     if recomputation == "selective":
         contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    if not torch.compiler.is_compiling():  # a compiler follows none but its own contexts
-        contexts = partial(_noting, contexts)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=partial(_noting, contexts))
 
 
 def recomputed(result: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[Any]:

@@ -199,6 +199,11 @@ class DinoVisionTransformer(nn.Module):
         for block in self.blocks:
             block.recomputation = recomputation
 
+    def compute_blocks_by(self, compute: Callable[..., Tensor]) -> None:
+        """Choose what the blocks call for their arithmetic: `Block.compute`, or a compiled form of it."""
+        for block in self.blocks:
+            block.computed_by = compute
+
     def no_weight_decay(self) -> set[str]:
         """Name the tokens and positions, which are no weights of a product."""
         names = {"cls_token", "pos_embed", "mask_token", "register_tokens", "storage_tokens"}

@@ -15,7 +15,7 @@ from dinov2.distributed import Environment
 from dinov2.logging import peak_memory_gib
 from dinov2.run.dry_step import make_batch
 from dinov2.train.batches import DeviceBatches
-from dinov2.train.build import build_batches, build_grad_scaler, build_model, build_optimizer
+from dinov2.train.build import build_batches, build_grad_scaler, build_model, build_optimizer, compile_blocks
 from dinov2.train.host_memory import keep_freed_memory
 from dinov2.train.param_groups import apply_schedules
 from dinov2.train.schedules import StepValues
@@ -69,6 +69,7 @@ def measure_step(
         keep_freed_memory()
     model = build_model(stage.cfg, device=device)
     model.init_weights(stage.cfg.train.seed)
+    compile_blocks(stage.cfg, model, plan=stage.plan, device=device)
     optimizer = build_optimizer(stage.cfg, model)
     scaler = build_grad_scaler(stage.cfg, device=device)
     values = replace(_VALUES, backbone_lr_factor=0.0 if freeze_backbone else 1.0)

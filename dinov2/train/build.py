@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from dinov2.eval.build import DTYPES, compute_dtype
 from dinov2.fsdp import FSDPCheckpointer, PeriodicCheckpointer, RngState
 from dinov2.logging import MetricLogger
 from dinov2.train.batches import DeviceBatches, skipped_file
+from dinov2.train.compilation import run_compiled, try_block
+from dinov2.train.networks import build_networks
 from dinov2.train.param_groups import common_groups, param_groups
 from dinov2.train.prototype_init import start_heads
 from dinov2.train.schedules import Schedules, scaled_lr
@@ -232,6 +234,32 @@ def build_model(cfg: Config, *, device: torch.device) -> SSLMetaArch:
         hybrid_shard_size=precision.hybrid_shard_size,
     )
     return model
+
+
+def compile_blocks(cfg: Config, model: SSLMetaArch, *, plan: RunPlan, device: torch.device) -> None:
+    """Let blocks run compiled, if the config asks for it and a block like them can be; all ranks together."""
+    names, mode = cfg.train.compiled, cfg.train.compile_mode
+    if cfg.student.is_resnet or not names:
+        return
+    crops, channels = cfg.crops, cfg.student.in_chans
+    sizes = [(2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)]
+    batch = [
+        torch.zeros(number * plan.batch_size_per_rank, channels, size, size, device=device)
+        for number, size in sizes
+        if number
+    ]
+
+    def try_out(compute: Callable[..., torch.Tensor]) -> None:
+        for name in names:
+            with torch.device("meta"):
+                backbone = build_networks(cfg, of_teacher=name == "teacher")["backbone"]
+            if name == "teacher":
+                backbone.eval().requires_grad_(False)
+            try_block(backbone, compute, batch if name == "student" else batch[:1], dtype=model.autocast_dtype)
+
+    backbones = [getattr(model, name)["backbone"] for name in names]
+    if run_compiled(backbones, mode=mode, try_out=try_out):
+        logger.info("compile=%s mode=%s: first steps take longer", ",".join(names), mode)
 
 
 def start_drawn_heads(cfg: Config, model: SSLMetaArch, drawn: Sequence[str], *, dataset: Any, env: Environment) -> None:

@@ -38,6 +38,7 @@ from dinov2.train.build import (
     build_metric_logger,
     build_model,
     build_optimizer,
+    compile_blocks,
     require_equal_sizes,
     seed_global_generators,
     start_drawn_heads,
@@ -145,6 +146,7 @@ def do_train(
         evaluate(model, f"{MANUAL}{max(start.step - 1, 0)}")
         return 0
     report_changes(cfg, stages.at(start.step - 1).plan, start.saved, world_size=env.world_size)
+    compile_blocks(stages.at(start.step).cfg, model, plan=stages.at(start.step).plan, device=env.device)
     start_drawn_heads(stages.at(0).cfg, model, start.drawn_heads, dataset=dataset, env=env)
     on_main_first(lambda: begin_run(cfg, stages, output_dir, overwrite=overwrite))
     saver.checkpointer.clean_up()

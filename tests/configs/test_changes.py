@@ -54,6 +54,7 @@ def test_schedules_that_were_not_there_before():
     "override",
     [
         "train.num_workers=3",
+        "train.compile=true",
         "train.output_dir=elsewhere",
         "train.max_steps=7",
         "checkpointing.period=5",

@@ -31,6 +31,11 @@ def sentence(config_file, overrides=()):
         ("evaluation.knn.nb_knn=[5, x]", "evaluation.knn.nb_knn=[5, 'x']: must be a list of integers"),
         ("augmentation.mean=[a]", "augmentation.mean=['a']: must be a list of numbers or null"),
         ("train.centering=mean", "train.centering='mean': must be one of centering, sinkhorn_knopp"),
+        (
+            "train.compile_mode=fast",
+            "train.compile_mode='fast': must be one of default, reduce-overhead, max-autotune-no-cudagraphs",
+        ),
+        ("train.compile_target=all", "train.compile_target='all': must be one of student, teacher, both"),
         ("optim.optimizer=null", "optim.optimizer=null: must be one of adamw, adam, sgd"),
         ("compute_precision.device=gpu", "compute_precision.device='gpu': must be auto, cpu, cuda or cuda:N"),
     ],
@@ -217,6 +222,11 @@ def test_unknown_key_of_a_file_names_the_file(tmp_path):
             ],
             "dino.local_loss_weight_schedule.warmup_epochs=90 and cosine_epochs=11 go beyond the end of the run at "
             "optim.epochs=100; shorten them",
+        ),
+        (
+            ["train.compile=true", "train.compile_mode=reduce-overhead", "optim.gradient_accumulation_steps=4"],
+            "train.compile_mode=reduce-overhead would overwrite the gradients of the passes before with "
+            "optim.gradient_accumulation_steps=4; set train.compile_mode=default",
         ),
         (
             ["train.global_batch_size=30", "optim.gradient_accumulation_steps=4"],

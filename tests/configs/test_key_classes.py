@@ -93,7 +93,7 @@ def test_a_key_without_effect_changes_nothing_and_says_so(key):
     reason = PARENT_KEYS[key].reason
     value = loud_value(key)
     if value is None:
-        assert reason.startswith(("belongs to ", "evaluations are ", "file lists ", "the model runs ")), key
+        assert reason.startswith(("belongs to ", "evaluations are ", "file lists ")), key
         return
     cfg = load_config(None, [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"])
     assert cfg == Config() and cfg.refusals == ()
@@ -192,6 +192,13 @@ def test_the_weight_of_gram_is_null_or_a_schedule(tmp_path):
             "gram.loss_weight_schedule is set",
         ),
         ("dino.koleo_distributed_loss_group_size=4", [], "dino.koleo_loss_distributed=false"),
+        ("train.compile_mode='reduce-overhead'", [], "train.compile=false"),
+        ("train.compile_target='student'", [], "train.compile=false"),
+        (
+            "train.compile=true",
+            ["student.arch=resnet18", "ibot.loss_weight=0"],
+            "student.arch=resnet18 is no ViT",
+        ),
         ("compute_precision.hybrid_shard_size=4", [], "compute_precision.sharding_strategy is not HYBRID_SHARD"),
     ],
 )

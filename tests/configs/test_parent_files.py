@@ -99,6 +99,9 @@ ARRIVED = {
         "train.dataset_path": "",
         "train.checkpointing": True,
         "train.checkpointing_full": False,
+        "train.compile": True,
+        "train.compile_mode": "default",
+        "train.compile_target": "both",
         "student.arch": "vit_7b",
         "student.ffn_layer": "swiglu64",
         "student.ffn_ratio": 3.0,
@@ -258,6 +261,7 @@ def test_dinov3s_own_defaults_are_our_layer_of_them():
     assert differ == {
         "compute_precision.param_dtype": ("bf16", "auto"),
         "train.dataset_path": ("ImageNet:split=TRAIN", ""),
+        "train.compile": (True, False),
         "student.ffn_ratio": (4.0, None),
         "augmentation.mean": ([0.485, 0.456, 0.406], None),
         "augmentation.std": ([0.229, 0.224, 0.225], None),

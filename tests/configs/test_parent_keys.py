@@ -104,7 +104,7 @@ def test_dinov2s_giant_recipe_loads_with_a_note(tmp_path):
 @pytest.mark.parametrize(
     ("override", "note"),
     [
-        ("train.cudagraphs=true", "train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs"),
+        ("train.cudagraphs=true", "train.cudagraphs=true has no effect: train.compile_mode decides"),
         ("student.fp8_enabled=true", "student.fp8_enabled=true has no effect: compute_precision.param_dtype decides"),
         ("teacher.in_chans=4", "teacher.in_chans=4 has no effect: the teacher has the student's channels"),
         (

@@ -63,7 +63,7 @@ def test_names_of_the_parents_are_translated_in_a_stage():
     )
     (stage,) = cfg.stages
     assert stage.keys == {"optim.base_lr": 0.002, "augmentation.horizontal_flip_probability": 0.0}
-    assert cfg.notes == ("stage a: train.cudagraphs=true has no effect: steps are not recorded as CUDA graphs",)
+    assert cfg.notes == ("stage a: train.cudagraphs=true has no effect: train.compile_mode decides",)
 
 
 def test_a_stage_may_have_schedules_in_pieces_or_take_them_back():
