@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinov2.distributed import get_rank
 from dinov2.models import DinoVisionTransformer
-from dinov2.train.build import compile_blocks, plan_run
+from dinov2.train.build import build_optimizer, compile_blocks, plan_run
 from dinov2.train.compilation import run_compiled
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -123,6 +123,15 @@ def test_a_run_may_go_on_compiled_or_not(tmp_path):
         assert "have changed" not in (tmp_path / name / "logs" / "log.txt").read_text()
 
 
+@needs_compiler
+@pytest.mark.integration
+def test_a_compiled_run_goes_on_bit_for_bit(tmp_path):
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        torch._dynamo.reset()  # as in a new process
+        assert train(tmp_path / folder, COMPILE, f"train.max_steps={steps}") == 0
+    assert torch.equal(losses_of(tmp_path / "parts"), losses_of(tmp_path / "whole"))
+
+
 def test_without_a_compiler_a_run_warns_once_and_is_the_same(tmp_path, monkeypatch, caplog):
     break_compiler(monkeypatch, RuntimeError("InvalidCxxCompiler: no C++ compiler found\nand a long trace"))
     with caplog.at_level(logging.WARNING):
@@ -179,3 +188,37 @@ def compile_on_the_first_rank_alone() -> list[bool]:
 
     answer = run_compiled([backbone], mode="default", try_out=try_out)
     return [answer, backbone.blocks[0].computed_by is before]
+
+
+@needs_compiler
+@pytest.mark.integration
+@pytest.mark.dist
+def test_sharded_blocks_compile():
+    for plain, compiled, is_compiled in run_distributed(sharded_losses, timeout_s=300):
+        assert is_compiled
+        assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def sharded_losses() -> list:
+    """Return the losses of two steps, one after the other, uncompiled and compiled, and whether the latter were."""
+    answer = []
+    for options in ([], [COMPILE]):
+        cfg = tiny_config([*options, "train.batch_size_per_gpu=4", "student.layerscale=0.5"])
+        device = torch.device("cpu")
+        with torch.device("meta"):
+            model = SSLMetaArch(cfg)
+        model.prepare_for_distributed_training(
+            device, strategy="FULL_SHARD", param_dtype=torch.float32, reduce_dtype=torch.float32
+        )
+        model.init_weights(0)
+        compile_blocks(cfg, model, plan=plan_run(cfg, dataset_size=999, world_size=2), device=device)
+        torch._dynamo.config.suppress_errors = False  # what fails now must not pass as uncompiled
+        optimizer = build_optimizer(cfg, model)
+        losses = []
+        for seed in (0, 1):
+            metrics = model.forward_backward(random_batch(seed=seed), teacher_temp=0.07)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(metrics["total_loss"].item())
+        answer.append(losses)
+    return [*answer, torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0]
