@@ -10,7 +10,7 @@ Solvers take turns, `--repeats` times; seconds are medians. CPU seconds are thos
 share the machine, they say more than the clock.
 
     python benchmarks/log_regression.py [--images 20000] [--features 768] [--classes 10] [--num-cs 10] [--threads 2]
-                                        [--repeats 3] [--tight-cs 4]
+                                        [--repeats 3] [--tight-cs 4] [--newton]
 """
 
 import argparse
@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POWERS = (-6, 5)  # of ten: the parents' range of C
 MAX_ITER = 1000  # of scikit-learn's, as the parents'
 TOLERANCE, TIGHT = 1e-4, 1e-12  # of scikit-learn's gradient: its default, and the parents'
+NEWTON_TOLERANCE = 1e-8  # of scikit-learn's solver that needs no more than a few steps
 REFERENCE, OURS = "reference", "ours, float32"
 REFERENCE_TOLERANCE = 1e-12  # of our own
 
@@ -93,13 +94,15 @@ def ours(
     return [(fit.weight.numpy(), fit.bias.numpy(), fit.num_rounds) for fit in fits]
 
 
-def theirs(values: np.ndarray, classes: torch.Tensor, cs: list[float], *, tolerance: float) -> list:
+def theirs(
+    values: np.ndarray, classes: torch.Tensor, cs: list[float], *, tolerance: float, solver: str = "lbfgs"
+) -> list:
     """Fit each C with scikit-learn, in the type of the features."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for c in cs:
-            fit = Reference(C=c, max_iter=MAX_ITER, tol=tolerance).fit(values, classes.numpy())
+            fit = Reference(C=c, max_iter=MAX_ITER, tol=tolerance, solver=solver).fit(values, classes.numpy())
             found.append((fit.coef_.astype(np.float64), fit.intercept_.astype(np.float64), int(fit.n_iter_[0])))
     return found
 
@@ -114,6 +117,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of every solver; default: 2")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and of scikit-learn's default; default: 3")
     parser.add_argument("--tight-cs", type=int, default=4, help="values of C with scikit-learn's 1e-12; default: 4")
+    parser.add_argument(
+        "--newton", action="store_true", help="also scikit-learn's exact solver; minutes a C above some 200 features"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with threadpool_limits(args.threads):
@@ -138,6 +144,9 @@ def measure(args: argparse.Namespace) -> None:
     }
     if tight_cs:
         once["scikit-learn, float64, 1e-12"] = Runs(tight_cs, lambda: theirs(wide, classes, tight_cs, tolerance=TIGHT))
+    if args.newton:
+        newton = Runs(cs, lambda: theirs(wide, classes, cs, tolerance=NEWTON_TOLERANCE, solver="newton-cholesky"))
+        once["scikit-learn, float64, Newton"] = newton
     ours(train[:500], classes[:500], cs[:2], dtype=torch.float32)  # warm up
     theirs(narrow[:500], classes[:500], cs[:2], tolerance=TOLERANCE)
     for name, solver in [*runs.items()] * args.repeats + [*once.items()]:
