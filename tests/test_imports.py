@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FLOOR_1 = {"layers", "distributed", "configs", "checkpoint_format"}
+FLOOR_1 = {"layers", "distributed", "configs", "checkpoint_format", "signals"}
 FLOOR_2 = {"models", "loss", "data", "logging", "fsdp", "hub"}
 EVERYTHING = FLOOR_1 | FLOOR_2 | {"train", "eval", "run", "data_adapters"}
 
@@ -19,6 +19,7 @@ EVERYTHING = FLOOR_1 | FLOOR_2 | {"train", "eval", "run", "data_adapters"}
 MAY_IMPORT = {
     "dinov2": set(),
     "errors": set(),
+    "signals": set(),
     "layers": set(),
     "distributed": set(),
     "configs": set(),

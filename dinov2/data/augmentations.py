@@ -134,11 +134,7 @@ class DataAugmentationDINO:
         if self.gram_teacher_crops_size is not None:
             boxes += [replace(box, size=self.gram_teacher_crops_size) for box in boxes[:_NUM_GLOBAL_CROPS]]
         crops = cut_crops(image, boxes)
-        if len(crops[0]) != self.in_chans:
-            found = len(crops[0])
-            raise DatasetError(
-                f"it has {found} channels, but student.in_chans={self.in_chans}; set student.in_chans={found}"
-            )
+        require_channels(len(crops[0]), self.in_chans)
         parts = {"global_crops": crops[:_NUM_GLOBAL_CROPS], "local_crops": crops[_NUM_GLOBAL_CROPS:num_ordinary]}
         return parts | ({"gram_teacher_crops": crops[num_ordinary:]} if len(crops) > num_ordinary else {})
 
@@ -306,3 +302,9 @@ def _apply(images: Tensor, chosen: Tensor, change: Any, *parameters: Tensor) -> 
         on_device = rows.to(images.device, non_blocking=True)
         values = [parameter[rows].to(images.device, non_blocking=True) for parameter in parameters]
         images.index_copy_(0, on_device, change(images.index_select(0, on_device), *values))
+
+
+def require_channels(found: int, wanted: int) -> None:
+    """Raise DatasetError unless an image has the channels that the backbone takes."""
+    if found != wanted:
+        raise DatasetError(f"it has {found} channels, but student.in_chans={wanted}; set student.in_chans={found}")

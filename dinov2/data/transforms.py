@@ -8,9 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, require_channels
 from dinov2.data.datasets.decoders import pil_to_tensor
-from dinov2.errors import DatasetError
 
 
 def make_classification_eval_transform(
@@ -45,9 +44,7 @@ class _EvalTransform:
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         pixels = pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        found, wanted = len(pixels), len(self.mean)
-        if found != wanted:
-            raise DatasetError(f"it has {found} channels, but student.in_chans={wanted}; set student.in_chans={found}")
+        require_channels(len(pixels), len(self.mean))
         full_scale = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
         height, width = pixels.shape[1:]
         scale = self.resize_size / min(height, width)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 Recomputation = Literal["none", "selective", "full"]
-RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 _within = ContextVar("_within", default=False)  # a function whose results are computed again as a whole
 # Products and attention, whose results `selective` keeps, by their names in all their forms.

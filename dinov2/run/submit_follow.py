@@ -5,16 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+from types import FrameType
 
 import submitit
 
 from dinov2.run.submit_attempts import FINISHED, STOPPED, Record
 from dinov2.run.submit_local import log_of
-from dinov2.run.submit_process import handle_ending
+from dinov2.run.submit_process import ending_signals
+from dinov2.signals import HandledSignals
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 5.0
@@ -136,23 +136,16 @@ def follow(waiting: Sequence[Callable[[int], Follower]], *, num_at_once: int) ->
     return code
 
 
-class _Interrupts:
+class _Interrupts(HandledSignals):
     """While entered, what would end this process is counted instead."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.num_received = 0
         self.num_ctrl_c = 0
-        self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
-        self._previous = handle_ending(self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _numbers(self) -> Iterable[int]:
+        return ending_signals()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.num_received += 1

@@ -102,6 +102,12 @@ def get_args_parser(prog: str, *, takes_program: bool) -> argparse.ArgumentParse
         help="how often a job goes on from its last checkpoint after a failure (a process was killed, a GPU was lost); "
         f"three failures in a row at the same step end it; default: {_MAX_RESTARTS} of a training, else 0",
     )
+    _add_slurm_options(parser)
+    _add_launch_options(parser)
+    return parser
+
+
+def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="P", help="of the Slurm cluster; default: its own")
     parser.add_argument("--account", metavar="A", help="charged by Slurm; default: your own")
     parser.add_argument("--qos", metavar="Q", help="quality of service of Slurm; default: its own")
@@ -125,6 +131,9 @@ def get_args_parser(prog: str, *, takes_program: bool) -> argparse.ArgumentParse
         metavar="K=V",
         help="any other option of sbatch, e.g. reservation=mine; may be given several times",
     )
+
+
+def _add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job-name", metavar="NAME", help="default: dinov2-PROGRAM")
     parser.add_argument(
         "--output-dir",
@@ -157,7 +166,6 @@ def get_args_parser(prog: str, *, takes_program: bool) -> argparse.ArgumentParse
         action="store_true",
         help="wait for a Slurm job, show its log, and end as it ends; local always does",
     )
-    return parser
 
 
 def check_options(args: argparse.Namespace, *, program: Path, passed_on: Sequence[str]) -> JobOptions:

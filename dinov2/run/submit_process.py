@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Self
+from typing import IO
+
+from dinov2.signals import HandledSignals
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # a job, or ahead of its end
 _BY_THE_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-class Processes:
+class Processes(HandledSignals):
     """Processes of one program; while this is entered, a signal to this process is passed on to them.
 
     Ctrl-C and the end of a terminal become SIGTERM, for which the programs save; they are also told to end if this
@@ -30,21 +32,15 @@ class Processes:
     """
 
     def __init__(self, *, in_own_sessions: bool = False) -> None:
+        super().__init__()
         self._in_own_sessions = in_own_sessions
         self.stopped_by: str | None = None  # the first signal
         self._running: list[subprocess.Popen[bytes]] = []
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = handle_ending(self._note)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        super().__exit__(kind, error, trace)
         for process in self._running:  # after an error of ours
             process.kill()
 
@@ -92,17 +88,16 @@ class Processes:
         for process in self._running:
             process.send_signal(number)
 
+    def _numbers(self) -> Iterable[int]:
+        return ending_signals() if threading.current_thread() is threading.main_thread() else ()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop(signal.SIGTERM if number in _BY_THE_TERMINAL else signal.Signals(number))
 
 
-def handle_ending(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
-    """Call `handler` for every signal that would end a job; returns the handlers that it replaces.
-
-    What is ignored stays so: `nohup` ignores the end of a terminal.
-    """
-    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in numbers}
+def ending_signals() -> list[int]:
+    """Return the signals that would end a job, without those ignored: `nohup` ignores the end of a terminal."""
+    return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def end_with_parent() -> None:

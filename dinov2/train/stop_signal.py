@@ -1,12 +1,14 @@
 """Let a run finish its step and save before a signal ends it."""
 
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Iterable
+from types import FrameType
 
 from dinov2.errors import StoppedEarly
+from dinov2.signals import HandledSignals
 
 
-class StopSignal:
+class StopSignal(HandledSignals):
     """While entered, a signal tells the run to stop instead of ending the process in the middle of anything.
 
     SIGINT is Ctrl-C; schedulers send SIGTERM, and SIGUSR1 or SIGUSR2 where they are told to warn of the time limit.
@@ -14,23 +16,10 @@ class StopSignal:
     the main thread is. From then on it sets `received`; a second SIGINT ends the run all the same.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self) -> None:
+        super().__init__()
         self.received: str | None = None
         self._saves = False
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in self._SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def begin_steps(self) -> None:
         """From now on a step is ended and saved first."""
@@ -40,6 +29,9 @@ class StopSignal:
     def leaves_time(self) -> bool:
         """Say whether the process may take its time to end: no scheduler has told it to stop."""
         return self.received in (None, signal.SIGINT.name)
+
+    def _numbers(self) -> Iterable[int]:
+        return (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         before, self.received = self.received, signal.Signals(number).name
