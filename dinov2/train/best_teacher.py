@@ -4,12 +4,14 @@ Both are brought up to date after each evaluation, so that they are there howeve
 memory or killed. The evaluation of the start takes part: where nothing was better, the best teacher is the start.
 
 By which score:
-    `checkpointing.save_best`   if it is set
-    `knn_top1_pct`              if `evaluation.knn` is configured
-    `rankme`                    else: the evaluation with most directions in use (arXiv:2210.02885)
+    `checkpointing.save_best`     if it is set
+    `knn_top1_pct`                if `evaluation.knn` is configured
+    `nn_overlap_with_start_pct`   else: the latest teacher that is sound, whatever the value
 
-RankMe needs no label, and tells features that have collapsed or lost directions from those that have not. It cannot
-tell whether features that use more directions are better for a task; noise uses many.
+Without labels nobody can tell which of two teachers is better for a task, only which one has lost what the start knew.
+In a run that starts from weights a teacher is sound while it keeps the neighbours and the directions (RankMe,
+arXiv:2210.02885) that the guard rails ask for; more of either is no sign of better features, as noise uses many
+directions and the start itself has all its neighbours. In a run that starts from random numbers every teacher is sound.
 """
 
 import contextlib
@@ -20,12 +22,13 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dinov2.checkpoint_format import write_text
 from dinov2.configs import Config, to_dict
+from dinov2.configs.adaptation_sections import GuardRailsConfig
 from dinov2.errors import CheckpointError
 from dinov2.eval.knn_online import SCORE_NAME
 from dinov2.eval.start_comparison import GainOverStart
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 TEACHER_NAME = "best_teacher.pth"
 BEST_NAME = "best.json"
 START = "start"
-LABEL_FREE_SCORE = "rankme"
+OVERLAP, RANK = "nn_overlap_with_start_pct", "rankme"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,9 @@ class BestRule:
     """By which score of the evaluations one teacher is better than another."""
 
     score: str
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min", "latest"] = "max"  # latest: each one within the limits, whatever its score
     measured_on: str = ""  # digest of the settings of evaluations: only scores of the same ones can be compared
+    limits: GuardRailsConfig = GuardRailsConfig()
 
     @classmethod
     def from_config(cls, cfg: Config) -> "BestRule":
@@ -53,12 +57,43 @@ class BestRule:
         digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
         if cfg.checkpointing.save_best is not None:
             return cls(score=cfg.checkpointing.save_best, mode=cfg.checkpointing.save_best_mode, measured_on=digest)
-        has_labels = cfg.evaluation.knn.train_dataset_path is not None
-        return cls(score=SCORE_NAME if has_labels else LABEL_FREE_SCORE, measured_on=digest)
+        if cfg.evaluation.knn.train_dataset_path is not None:
+            return cls(score=SCORE_NAME, measured_on=digest)
+        limits = cfg.guard_rails
+        if not starts_from_weights(cfg):
+            limits = replace(limits, min_rank_share=0.0, min_overlap_pct=0.0)
+        return cls(score=OVERLAP, mode="latest", measured_on=digest, limits=limits)
+
+    def value_of(self, name: str, scores: Mapping[str, float]) -> float:
+        """Return the score of an evaluation; NaN if it has none."""
+        if self.mode == "latest" and name == START and RANK in scores:
+            return 100.0
+        return scores.get(self.score, math.nan)
 
     def is_better(self, value: float, other: float) -> bool:
-        """Tell whether a score is better than another; equal ones are not."""
+        """Tell whether a score is better than another; equal ones are not, but for the latest."""
+        if self.mode == "latest":
+            return True
         return value > other if self.mode == "max" else value < other
+
+    def is_sound(self, scores: Mapping[str, float], start: Mapping[str, float]) -> bool:
+        """Tell whether an evaluation is within the limits."""
+        return not (lost_directions(scores, start, self.limits) or lost_neighbours(scores, self.limits))
+
+
+def starts_from_weights(cfg: Config) -> bool:
+    """Say whether a run has something to lose."""
+    return bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+
+
+def lost_directions(scores: Mapping[str, float], start: Mapping[str, float], limits: GuardRailsConfig) -> bool:
+    """Say whether features use far fewer directions than those of the start."""
+    return scores.get(RANK, math.inf) < limits.min_rank_share * start.get(RANK, 0.0)
+
+
+def lost_neighbours(scores: Mapping[str, float], limits: GuardRailsConfig) -> bool:
+    """Say whether images have other neighbours than at the start."""
+    return scores.get(OVERLAP, 100.0) < limits.min_overlap_pct
 
 
 class BestTeacher:
@@ -73,35 +108,45 @@ class BestTeacher:
         self.folder = folder
         self.rule = rule
 
-    def note(self, name: str, scores: Mapping[str, float], *, weights: Path, gain: GainOverStart | None = None) -> None:
+    def note(
+        self,
+        name: str,
+        scores: Mapping[str, float],
+        *,
+        weights: Path,
+        start: Mapping[str, float] | None = None,
+        gain: GainOverStart | None = None,
+    ) -> None:
         """Take the teacher of an evaluation as the best one if it is.
 
         Args:
             name: of the evaluation, `start` or `training_<iteration>`; the start of a run is always taken.
             scores: of it.
             weights: file of the teacher.
+            start: scores of the start, if it was evaluated.
             gain: its difference to the start, if that is known with an interval.
 
         Raises:
             CheckpointError: the files cannot be written.
         """
-        value = scores.get(self.rule.score, math.nan)
-        if math.isnan(value):
+        rule = self.rule
+        value = rule.value_of(name, scores)
+        if math.isnan(value) or (rule.mode == "latest" and not rule.is_sound(scores, start or {})):
             return
         best = None if name == START else self.read()
-        if best is not None and not self.rule.is_better(value, best["value"]):
+        if best is not None and not rule.is_better(value, best["value"]):
             return
-        start = scores if name == START else {} if best is None else {self.rule.score: best["start_value"]}
+        start_value = value if name == START else None if best is None else best["start_value"]
         content = {
             "evaluation": name,
             "iteration": None if name == START else int(name.rpartition("_")[2]),
-            "score": self.rule.score,
-            "mode": self.rule.mode,
+            "score": rule.score,
+            "mode": rule.mode,
             "value": value,
-            "start_value": start.get(self.rule.score),
+            "start_value": start_value,
             "over_start": None if gain is None else gain.as_plain(),
             "sentence": None if gain is None else gain.sentence(),
-            "measured_on": self.rule.measured_on,
+            "measured_on": rule.measured_on,
         }
         try:
             _link_or_copy(weights, self.folder / TEACHER_NAME)
@@ -113,9 +158,10 @@ class BestTeacher:
 
     def read(self) -> dict[str, Any] | None:
         """Read `best.json`; None where there is none, or it was chosen by other scores than this run's."""
+        rule = self.rule
         try:
             best = json.loads((self.folder / BEST_NAME).read_text(encoding="utf-8"))
-            is_ours = (best["score"], best["mode"], best["measured_on"]) == tuple(vars(self.rule).values())
+            is_ours = (best["score"], best["mode"], best["measured_on"]) == (rule.score, rule.mode, rule.measured_on)
             best["value"] = float(best["value"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -129,23 +175,23 @@ class BestTeacher:
                 f"there is no {TEACHER_NAME}: no evaluation gave {self.rule.score}; see evaluation.at_start and "
                 f"evaluation.eval_period_iterations"
             )
+        is_latest = best["mode"] == "latest"
         if best["evaluation"] == START:
-            return (
-                f"{path} holds the weights that the run started from: no evaluation was better than "
-                f"{best['score']}={best['value']:.2f} of the start"
-            )
-        if best["sentence"]:
-            gain = best["sentence"]
-        elif best["start_value"] is None:
-            gain = f"{best['score']}={best['value']:.2f}, the start was not evaluated"
-        else:
-            gain = f"{best['score']}={best['value']:.2f}, {best['start_value']:.2f} at the start"
-        caution = (
-            "; without labels nobody can tell whether it is better for a task"
-            if best["score"] == LABEL_FREE_SCORE
-            else ""
-        )
-        return f"{path} holds the teacher of iteration {best['iteration']}: {gain}{caution}"
+            nothing = "kept enough of what it knows" if is_latest else f"was better than {_shown(best)} of the start"
+            return f"{path} holds the weights that the run started from: no evaluation {nothing}"
+        gain = best["sentence"] or f"{_shown(best)}, {_of_start(best)}"
+        if is_latest:
+            gain = f"the latest that kept enough of the start: {gain}; without labels nobody can tell if it is better"
+        return f"{path} holds the teacher of iteration {best['iteration']}: {gain}"
+
+
+def _shown(best: Mapping[str, Any]) -> str:
+    return f"{best['score']}={best['value']:.2f}"
+
+
+def _of_start(best: Mapping[str, Any]) -> str:
+    start = best["start_value"]
+    return "the start was not evaluated" if start is None else f"{start:.2f} at the start"
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -116,7 +116,8 @@ class TeacherEvaluation:
     def _note_best(self, name: str, scores: Mapping[str, float], gain: GainOverStart | None) -> None:
         """Let the teacher of an evaluation, but for one that was asked for by hand, be the best one; for rank 0."""
         if not name.startswith(MANUAL):
-            self.best.note(name, scores, weights=self._folder(name) / TEACHER_NAME, gain=gain)
+            weights = self._folder(name) / TEACHER_NAME
+            self.best.note(name, scores, weights=weights, start=self.scores_of(START), gain=gain)
 
     def _is_done(self, name: str) -> bool:
         wanted = {TEACHER_NAME: True, KNN_NAME: self.knn is not None, HEALTH_NAME: self.health is not None}

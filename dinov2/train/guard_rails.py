@@ -41,7 +41,7 @@ from dinov2.eval.health_views import choose_images
 from dinov2.eval.knn_online import SCORE_NAME
 from dinov2.logging.metric_logger import METRICS_NAME
 from dinov2.logging.metrics_file import read_metrics
-from dinov2.train.best_teacher import START, BestRule
+from dinov2.train.best_teacher import OVERLAP, START, BestRule, lost_directions, lost_neighbours, starts_from_weights
 from dinov2.train.collapse_signs import blank_images, copied_images
 from dinov2.train.evaluation import TeacherEvaluation
 
@@ -129,7 +129,7 @@ class GuardRails:
     def from_config(cls, cfg: Config, *, start_scores: Mapping[str, float]) -> Self:
         """Take the settings of a run."""
         limits, evaluation = replace(cfg.guard_rails), cfg.evaluation
-        has_weights = bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+        has_weights = starts_from_weights(cfg)
         below_start = BelowStart(
             rule=BestRule.from_config(cfg), patience=evaluation.stop_patience, margin=evaluation.stop_margin
         )
@@ -272,7 +272,7 @@ class GuardRails:
     def _judge_scores(self, scores: Mapping[str, float]) -> Iterator[Verdict]:
         """Compare scores with those of the start."""
         start, limits = self.start_scores, self.limits
-        if scores.get("rankme", math.inf) < limits.min_rank_share * start.get("rankme", 0.0):
+        if lost_directions(scores, start, limits):
             yield (
                 "rank",
                 f"the features lost most of their directions: rankme={scores['rankme']:.1f}, {start['rankme']:.1f} at "
@@ -284,13 +284,12 @@ class GuardRails:
                 "drop",
                 f"{SCORE_NAME}={scores[SCORE_NAME]:.1f} is {fall:.1f} points below the start; {self._advice}",
             )
-        overlap = scores.get("nn_overlap_with_start_pct", 100.0)
         is_better = math.isfinite(fall) and fall < 0
-        if self.has_weights and overlap < limits.min_overlap_pct and not is_better:
+        if self.has_weights and lost_neighbours(scores, limits) and not is_better:
             yield (
                 "overlap",
-                f"the features are others than those of the start, and no score is better for it: {overlap:.0f} % "
-                f"of the nearest neighbours are kept (nn_overlap_with_start_pct); {self._advice}",
+                f"the features are others than those of the start, and no score is better for it: "
+                f"{scores[OVERLAP]:.0f} % of the nearest neighbours are kept ({OVERLAP}); {self._advice}",
             )
 
     def _judge_below_start(self, scores: Mapping[str, float]) -> Iterator[Verdict]:
@@ -298,6 +297,8 @@ class GuardRails:
         if self.below_start is None:
             return
         rule, margin = self.below_start.rule, self.below_start.margin
+        if rule.mode == "latest":  # without labels; the other limits tell what is worse
+            return
         start, value = (found.get(rule.score, math.nan) for found in (self.start_scores, scores))
         if math.isnan(start) or math.isnan(value):
             return

@@ -14,11 +14,11 @@ KNN = tuple(f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in (
 def note(tmp_path):
     """Note an evaluation, whose weights are a file that holds its name; returns the kept file's content."""
 
-    def noted(best, name, scores):
+    def noted(best, name, scores, start=None):
         weights = tmp_path / "eval" / name / "teacher_checkpoint.pth"
         weights.parent.mkdir(parents=True)
         weights.write_text(name)
-        best.note(name, scores, weights=weights)
+        best.note(name, scores, weights=weights, start=start)
         kept = tmp_path / "best_teacher.pth"
         return kept.read_text() if kept.exists() else None
 
@@ -75,20 +75,40 @@ def test_a_start_begins_anew(tmp_path, note):
     assert note(best_of(tmp_path), "start", {"accuracy": 5.0}) == "start"
 
 
-def test_without_labels_the_rule_says_what_it_cannot_tell(tmp_path, note):
-    rule = BestRule.from_config(load_config(None))
-    best = BestTeacher(tmp_path, rule)
-    note(best, "start", {"rankme": 5.0})
-    note(best, "training_3", {"rankme": 7.0})
-    assert best.sentence().endswith(
-        "iteration 3: rankme=7.00, 5.00 at the start; without labels nobody can tell whether it is better for a task"
+WEIGHTS = "student.pretrained_weights=w.pth"
+
+
+def test_without_labels_the_latest_sound_teacher_is_kept_and_said_to_be_no_more(tmp_path, note):
+    best = BestTeacher(tmp_path, BestRule.from_config(load_config(None, [WEIGHTS])))
+    start = {"rankme": 50.0}
+    assert note(best, "start", start, start) == "start"
+    assert best.sentence() == (
+        f"{tmp_path}/best_teacher.pth holds the weights that the run started from: no evaluation kept enough of what "
+        f"it knows"
     )
+    later = [(9, 48.0, 90.0), (19, 30.0, 60.0), (29, 20.0, 60.0), (39, 60.0, 15.0)]  # few directions, few neighbours
+    kept = [
+        note(best, f"training_{step}", {"rankme": rank, "nn_overlap_with_start_pct": overlap}, start)
+        for step, rank, overlap in later
+    ]
+    assert kept == ["training_9", "training_19", "training_19", "training_19"]
+    assert best.sentence() == (
+        f"{tmp_path}/best_teacher.pth holds the teacher of iteration 19: the latest that kept enough of the start: "
+        f"nn_overlap_with_start_pct=60.00, 100.00 at the start; without labels nobody can tell if it is better"
+    )
+
+
+def test_without_labels_and_weights_there_is_nothing_to_keep(tmp_path, note):
+    best = BestTeacher(tmp_path, BestRule.from_config(load_config(None)))
+    start = {"rankme": 50.0}
+    note(best, "start", start, start)
+    assert note(best, "training_3", {"rankme": 5.0, "nn_overlap_with_start_pct": 3.0}, start) == "training_3"
 
 
 def test_which_score_chooses():
     chosen = "checkpointing.save_best=alignment"
     rules = [BestRule.from_config(load_config(None, options)) for options in ((), KNN, (*KNN, chosen))]
-    assert [rule.score for rule in rules] == ["rankme", "knn_top1_pct", "alignment"]
+    assert [rule.score for rule in rules] == ["nn_overlap_with_start_pct", "knn_top1_pct", "alignment"]
     same = BestRule.from_config(load_config(None, [*KNN, "evaluation.eval_period_iterations=7"]))
     assert same == rules[1] and rules[0].measured_on != rules[1].measured_on
 

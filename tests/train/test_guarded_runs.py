@@ -67,7 +67,7 @@ def test_images_of_a_single_colour(tmp_path, adapt):
     assert sentence.startswith(
         "before the first step: 100 % of 16 images of train.dataset_path that were looked at are of a single colour"
     )
-    assert kept(tmp_path / "run")["score"] == "rankme"
+    assert kept(tmp_path / "run")["mode"] == "latest"
 
 
 def test_copies_of_one_image(tmp_path, adapt):
