@@ -158,7 +158,7 @@ class GuardRailsConfig(Section):
     min_teacher_momentum: float = 0.5  # below it the teacher is little but the student, 0..1; the parents go to 0.99
     min_rank_share: float = 0.5  # RankMe of an evaluation over that of the start, 0..1
     # neighbours kept since the start, in percent, 0..100, of features that are not better than those of the start
-    min_overlap_pct: float = 20.0
+    min_overlap_pct: float = 10.0
     max_drop_points: float = 10.0  # fall of knn_top1_pct below the start, points, >= 0
 
     def __post_init__(self) -> None:

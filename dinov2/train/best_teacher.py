@@ -11,7 +11,8 @@ By which score:
 Without labels nobody can tell which of two teachers is better for a task, only which one has lost what the start knew.
 In a run that starts from weights a teacher is sound while it keeps the neighbours and the directions (RankMe,
 arXiv:2210.02885) that the guard rails ask for; more of either is no sign of better features, as noise uses many
-directions and the start itself has all its neighbours. In a run that starts from random numbers every teacher is sound.
+directions and the start itself has all its neighbours. Where a guard rail ends such a run, none is trusted: it is the
+start. In a run that starts from random numbers every teacher is sound.
 """
 
 import contextlib
@@ -177,8 +178,8 @@ class BestTeacher:
             )
         is_latest = best["mode"] == "latest"
         if best["evaluation"] == START:
-            nothing = "kept enough of what it knows" if is_latest else f"was better than {_shown(best)} of the start"
-            return f"{path} holds the weights that the run started from: no evaluation {nothing}"
+            known = "is known to be sound" if is_latest else f"was better than {_shown(best)} of the start"
+            return f"{path} holds the weights that the run started from: no evaluation {known}"
         gain = best["sentence"] or f"{_shown(best)}, {_of_start(best)}"
         if is_latest:
             gain = f"the latest that kept enough of the start: {gain}; without labels nobody can tell if it is better"

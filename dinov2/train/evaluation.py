@@ -108,6 +108,11 @@ class TeacherEvaluation:
             if isinstance(score, float)
         }
 
+    def distrust_the_latest(self) -> None:
+        """Make the start the best teacher of a run that went wrong without labels to tell since when; for rank 0."""
+        if self.best.rule.mode == "latest":
+            self._note_best(START, self.scores_of(START), None)
+
     def _gain_over_start(self, right: Measurements) -> GainOverStart | None:
         """Compare k-NN with that of the start, image by image; for rank 0."""
         start = read_measurements(self._folder(START) / RIGHT_NAME)

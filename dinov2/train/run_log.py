@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dinov2.distributed import Environment, is_main_process
+from dinov2.errors import GuardRailError
 from dinov2.logging import plot_training_curves
 from dinov2.logging.metric_logger import METRICS_NAME
-from dinov2.train.best_teacher import BestTeacher
 from dinov2.train.evaluation import START, TeacherEvaluation
 from dinov2.train.parts import num_trained
 from dinov2.train.resume import Start
@@ -44,13 +44,17 @@ def log_start(model: SSLMetaArch, start: Start, *, stages: Stages, dataset_size:
 
 
 @contextmanager
-def naming_the_best(best: BestTeacher) -> Iterator[None]:
+def naming_the_best(evaluate: TeacherEvaluation) -> Iterator[None]:
     """Say at the end which teacher of the run is the best one, however the steps inside end."""
     try:
         yield
+    except GuardRailError:
+        if is_main_process():
+            evaluate.distrust_the_latest()
+        raise
     finally:
         if is_main_process():
-            logger.info("%s", best.sentence())
+            logger.info("%s", evaluate.best.sentence())
 
 
 def summarise(evaluate: TeacherEvaluation, output_dir: Path) -> None:

@@ -162,7 +162,7 @@ def do_train(
     open_batches = partial(build_batches, dataset=dataset, env=env, output_dir=output_dir)
     build_log = partial(build_metric_logger, last_step=stages.last_step, output_dir=output_dir)
     with (
-        naming_the_best(evaluate.best),
+        naming_the_best(evaluate),
         finishing(saver),
         CurrentStage(stages, model=model, optimizer=optimizer, saver=saver, open_batches=open_batches) as current,
         on_every_rank(lambda: build_log(cfg, start_step=start.step)) as log,

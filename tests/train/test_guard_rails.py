@@ -156,8 +156,8 @@ def test_another_stage_has_other_features():
         ({"rankme": 40.0}, f"the features lost most of their directions: rankme=40.0, 100.0 at the start; {ADVICE}"),
         ({"knn_top1_pct": 60.0}, f"knn_top1_pct=60.0 is 20.0 points below the start; {ADVICE}"),
         (
-            {"nn_overlap_with_start_pct": 12.0},
-            f"the features are others than those of the start, and no score is better for it: 12 % of the nearest "
+            {"nn_overlap_with_start_pct": 8.0},
+            f"the features are others than those of the start, and no score is better for it: 8 % of the nearest "
             f"neighbours are kept (nn_overlap_with_start_pct); {ADVICE}",
         ),
     ],

@@ -52,10 +52,15 @@ def kept(folder):
 
 def test_a_teacher_that_is_the_student(tmp_path, adapt):
     without_momentum = ("teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0")
-    code, sentence = adapt(*EVALUATED, *without_momentum, "evaluation.eval_period_iterations=6")
+    code, sentence = adapt(*EVALUATED, *without_momentum, "evaluation.eval_period_iterations=1")
     assert code == 1 and sentence.startswith("iteration 2: the teacher's momentum was 0 in the last 2 steps")
     assert len(metrics_of(tmp_path / "run")) == 3
-    assert kept(tmp_path / "run")["evaluation"] == "start"
+    assert kept(tmp_path / "run")["evaluation"] == "start"  # without labels nobody knows since when it went wrong
+
+
+def test_without_labels_the_latest_teacher_of_a_sound_run_is_kept(tmp_path, adapt):
+    assert adapt(*EVALUATED, "train.max_steps=4")[0] == 0
+    assert kept(tmp_path / "run")["evaluation"] == "training_3"
 
 
 def test_images_of_a_single_colour(tmp_path, adapt):
