@@ -9,8 +9,9 @@ the one that the run itself exports as its best. Sets: benchmarks/adaptation_set
     python benchmarks/adaptation.py table
 
 `run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or was
-stopped, with its reason. `table` writes all lines as a table, and for each recipe the mean gain over its sets with a
-95 % interval: the paired bootstrap resamples the test groups of each set; seeds are averaged first.
+stopped, with its reason; those that have one are left out. `table` writes all lines as a table, and for each recipe
+the mean gain over its sets with a 95 % interval: the paired bootstrap resamples the test groups of each set; seeds are
+averaged first.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from dinov2.configs import load_config, stage_configs  # noqa: E402
 SCORES = {"knn": "knn", "logistic": "log_regression"}  # column of the table: program
 _SIZE_PX = 112  # of global crops and of images in evaluations
 _NUM_RESAMPLES = 2000
+ROWS_NAME = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,14 @@ def _call(command: Sequence[str], *, must_work: bool = False) -> subprocess.Comp
     return done
 
 
+def _rows(output_dir: Path) -> list[dict]:
+    path = output_dir / ROWS_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def table(output_dir: Path) -> Iterator[str]:
     """Yield the lines of the report."""
-    rows = [json.loads(line) for line in (output_dir / "rows.jsonl").read_text().splitlines()]
+    rows = _rows(output_dir)
     yield "| set | recipe | seed | steps | minutes | k-NN start | end | logistic start | end | remark |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
@@ -174,7 +181,7 @@ def gains_by_group(rows: Sequence[Mapping], program: str) -> dict[str, np.ndarra
 
 def _right_by_path(path: Path) -> dict[str, tuple[bool, str]]:
     with path.open(newline="") as file:
-        return {row["path"]: (row["predicted"] == row["label"], row["group"]) for row in csv.DictReader(file)}
+        return {row["path"]: (row["is_right"] == "1", row["group"]) for row in csv.DictReader(file)}
 
 
 def _group_gains(before: Mapping, after: Mapping) -> np.ndarray:
@@ -239,12 +246,19 @@ def main() -> None:
         opts=tuple(args.opts),
     )
     commit = _call(["-c", "import subprocess; subprocess.run(['git', 'rev-parse', '--short', 'HEAD'])"]).stdout.strip()
-    for name in args.sets:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for name in args.sets:
+            if any(_is_of(row, setting, name, seed=seed) for row in _rows(args.output_dir)):
+                continue
             row = run(setting, name, seed=seed) | {"commit": commit}
-            with (args.output_dir / "rows.jsonl").open("a") as file:
+            with (args.output_dir / ROWS_NAME).open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
+
+
+def _is_of(row: Mapping, setting: Setting, name: str, *, seed: int) -> bool:
+    found = (row["set"], row["recipe"], row["seed"], row["steps"], row["options"])
+    return found == (name, setting.label, seed, setting.steps, list(setting.opts))
 
 
 if __name__ == "__main__":
