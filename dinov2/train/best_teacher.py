@@ -168,6 +168,11 @@ class BestTeacher:
             return None
         return best if is_ours and (self.folder / TEACHER_NAME).is_file() else None
 
+    def is_of(self, name: str) -> bool:
+        """Tell whether the best teacher is that of this evaluation."""
+        best = self.read()
+        return best is not None and best["evaluation"] == name
+
     def sentence(self) -> str:
         """Say which teacher is the best one, and how much better than the start."""
         path, best = self.folder / TEACHER_NAME, self.read()

@@ -94,7 +94,8 @@ class TeacherEvaluation:
         if not on_main_first(self._is_done, name):
             return self(model, name)
         self.last_scores = on_main_first(self.scores_of, name)
-        on_main_first(self._note_best, name, self.last_scores, None)
+        if not on_main_first(self.best.is_of, name):  # it may have been killed in between
+            on_main_first(self._note_best, name, self.last_scores, None)
         return self.last_scores
 
     def scores_of(self, name: str) -> dict[str, float]:
