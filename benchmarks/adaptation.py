@@ -5,7 +5,7 @@ classifies the test groups by 10 nearest neighbours and by logistic regression, 
 the one that the run itself exports as its best. Sets: benchmarks/adaptation_sets.py.
 
     python benchmarks/adaptation.py run --recipe configs/train/adapt_small_data.yaml --sets stamps textile \\
-        --seeds 0 1 2 --steps 20 [key=value ...]
+        --seeds 0 1 2 --steps 40 [key=value ...]
     python benchmarks/adaptation.py table
 
 `run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or was
@@ -222,7 +222,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", help="of the rows; default: the name of the recipe's file")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a run; default: 20")
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of a run; default: 40")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "adaptation")
     parser.add_argument("--cache-dir", type=Path, default=ROOT / ".cache" / "adaptation", help="of images")
     parser.add_argument("opts", nargs="*", metavar="key=value")
