@@ -143,6 +143,11 @@ def _rows(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def _is_of(row: Mapping, setting: Setting, name: str, *, seed: int) -> bool:
+    found = (row["set"], row["recipe"], row["seed"], row["steps"], row["options"])
+    return found == (name, setting.label, seed, setting.steps, list(setting.opts))
+
+
 def table(output_dir: Path) -> Iterator[str]:
     """Yield the lines of the report."""
     rows = _rows(output_dir)
@@ -254,11 +259,6 @@ def main() -> None:
             with (args.output_dir / ROWS_NAME).open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-
-
-def _is_of(row: Mapping, setting: Setting, name: str, *, seed: int) -> bool:
-    found = (row["set"], row["recipe"], row["seed"], row["steps"], row["options"])
-    return found == (name, setting.label, seed, setting.steps, list(setting.opts))
 
 
 if __name__ == "__main__":

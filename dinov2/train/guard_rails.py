@@ -130,15 +130,15 @@ class GuardRails:
         """Take the settings of a run."""
         limits, evaluation = replace(cfg.guard_rails), cfg.evaluation
         has_weights = starts_from_weights(cfg)
-        below_start = BelowStart(
-            rule=BestRule.from_config(cfg), patience=evaluation.stop_patience, margin=evaluation.stop_margin
-        )
+        rule = BestRule.from_config(cfg)
+        is_scored = rule.mode != "latest"  # without labels the other limits tell what is worse
+        below_start = BelowStart(rule=rule, patience=evaluation.stop_patience, margin=evaluation.stop_margin)
         return cls(
             limits,
             stops=limits.action == "stop" or (limits.action == "auto" and has_weights),
             has_weights=has_weights,
             start_scores=start_scores,
-            below_start=below_start if evaluation.stop_below_start else None,
+            below_start=below_start if evaluation.stop_below_start and is_scored else None,
         )
 
     def replay(self, metrics_file: Path, *, before_step: int) -> Self:
@@ -297,8 +297,6 @@ class GuardRails:
         if self.below_start is None:
             return
         rule, margin = self.below_start.rule, self.below_start.margin
-        if rule.mode == "latest":  # without labels; the other limits tell what is worse
-            return
         start, value = (found.get(rule.score, math.nan) for found in (self.start_scores, scores))
         if math.isnan(start) or math.isnan(value):
             return

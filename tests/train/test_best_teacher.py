@@ -8,6 +8,7 @@ from dinov2.configs import load_config
 from dinov2.train.best_teacher import BestRule, BestTeacher
 
 KNN = tuple(f"evaluation.knn.{part}_dataset_path=Digits:split=VAL" for part in ("train", "val"))
+WEIGHTS = "student.pretrained_weights=w.pth"
 
 
 @pytest.fixture
@@ -73,9 +74,6 @@ def test_a_run_that_goes_on_remembers_unless_it_is_measured_otherwise(tmp_path, 
 def test_a_start_begins_anew(tmp_path, note):
     note(best_of(tmp_path), "training_3", {"accuracy": 7.0})
     assert note(best_of(tmp_path), "start", {"accuracy": 5.0}) == "start"
-
-
-WEIGHTS = "student.pretrained_weights=w.pth"
 
 
 def test_without_labels_the_latest_sound_teacher_is_kept_and_said_to_be_no_more(tmp_path, note):
