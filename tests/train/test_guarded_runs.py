@@ -58,9 +58,10 @@ def test_a_teacher_that_is_the_student(tmp_path, adapt):
     assert kept(tmp_path / "run")["evaluation"] == "start"  # without labels nobody knows since when it went wrong
 
 
-def test_without_labels_the_latest_teacher_of_a_sound_run_is_kept(tmp_path, adapt):
-    assert adapt(*EVALUATED, "train.max_steps=4")[0] == 0
+def test_without_labels_the_latest_teacher_of_a_sound_run_is_kept(tmp_path, adapt, caplog):
+    assert adapt(*EVALUATED, "evaluation.stop_below_start=true", "train.max_steps=4")[0] == 0
     assert kept(tmp_path / "run")["evaluation"] == "training_3"
+    assert caplog.text.count("evaluation.stop_below_start has no score to act on") == 1
 
 
 def test_images_of_a_single_colour(tmp_path, adapt):
