@@ -12,7 +12,7 @@ Without labels nobody can tell which of two teachers is better for a task, only 
 In a run that starts from weights a teacher is sound while it keeps the neighbours and the directions (RankMe,
 arXiv:2210.02885) that the guard rails ask for; more of either is no sign of better features, as noise uses many
 directions and the start itself has all its neighbours. Where a guard rail ends such a run, none is trusted: it is the
-start. In a run that starts from random numbers every teacher is sound.
+start. In a run that starts from random numbers it is the latest teacher, however the run ends.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class BestRule:
     mode: Literal["max", "min", "latest"] = "max"  # latest: each one within the limits, whatever its score
     measured_on: str = ""  # digest of the settings of evaluations: only scores of the same ones can be compared
     limits: GuardRailsConfig = GuardRailsConfig()
+    has_weights: bool = False  # the run starts from given weights, which are worth keeping
 
     @classmethod
     def from_config(cls, cfg: Config) -> "BestRule":
@@ -60,10 +61,13 @@ class BestRule:
             return cls(score=cfg.checkpointing.save_best, mode=cfg.checkpointing.save_best_mode, measured_on=digest)
         if cfg.evaluation.knn.train_dataset_path is not None:
             return cls(score=SCORE_NAME, measured_on=digest)
-        limits = cfg.guard_rails
-        if not starts_from_weights(cfg):
-            limits = replace(limits, min_rank_share=0.0, min_overlap_pct=0.0)
-        return cls(score=OVERLAP, mode="latest", measured_on=digest, limits=limits)
+        return cls(
+            score=OVERLAP,
+            mode="latest",
+            measured_on=digest,
+            limits=cfg.guard_rails,
+            has_weights=starts_from_weights(cfg),
+        )
 
     def value_of(self, name: str, scores: Mapping[str, float]) -> float:
         """Return the score of an evaluation; NaN if it has none."""
@@ -78,8 +82,9 @@ class BestRule:
         return value > other if self.mode == "max" else value < other
 
     def is_sound(self, scores: Mapping[str, float], start: Mapping[str, float]) -> bool:
-        """Tell whether an evaluation is within the limits."""
-        return not (lost_directions(scores, start, self.limits) or lost_neighbours(scores, self.limits))
+        """Tell whether an evaluation is within the limits; those of a run from random numbers always are."""
+        has_lost = lost_directions(scores, start, self.limits) or lost_neighbours(scores, self.limits)
+        return not (self.has_weights and has_lost)
 
 
 def starts_from_weights(cfg: Config) -> bool:
@@ -187,7 +192,8 @@ class BestTeacher:
             return f"{path} holds the weights that the run started from: no evaluation {known}"
         gain = best["sentence"] or f"{_shown(best)}, {_of_start(best)}"
         if is_latest:
-            gain = f"the latest that kept enough of the start: {gain}; without labels nobody can tell if it is better"
+            kept = " that kept enough of the start" if self.rule.has_weights else ""
+            gain = f"the latest{kept}: {gain}; without labels nobody can tell if it is better"
         return f"{path} holds the teacher of iteration {best['iteration']}: {gain}"
 
 

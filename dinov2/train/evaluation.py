@@ -110,8 +110,8 @@ class TeacherEvaluation:
         }
 
     def distrust_the_latest(self) -> None:
-        """Make the start the best teacher of a run that went wrong without labels to tell since when; for rank 0."""
-        if self.best.rule.mode == "latest":
+        """Make given weights the best teacher again, if no labels tell since when a run went wrong; for rank 0."""
+        if self.best.rule.mode == "latest" and self.best.rule.has_weights:
             self._note_best(START, self.scores_of(START), None)
 
     def _gain_over_start(self, right: Measurements) -> GainOverStart | None:

@@ -58,6 +58,13 @@ def test_a_teacher_that_is_the_student(tmp_path, adapt):
     assert kept(tmp_path / "run")["evaluation"] == "start"  # without labels nobody knows since when it went wrong
 
 
+def test_a_run_from_random_numbers_keeps_its_latest_teacher(tmp_path, caplog):
+    stopped = ("guard_rails.action=stop", "teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0")
+    assert train(tmp_path, *QUICK, *EVALUATED, *stopped) == 1
+    assert kept(tmp_path)["evaluation"] == "training_1"
+    assert "holds the teacher of iteration 1: the latest: " in caplog.text
+
+
 def test_without_labels_the_latest_teacher_of_a_sound_run_is_kept(tmp_path, adapt, caplog):
     assert adapt(*EVALUATED, "evaluation.stop_below_start=true", "train.max_steps=4")[0] == 0
     assert kept(tmp_path / "run")["evaluation"] == "training_3"
