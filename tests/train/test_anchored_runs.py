@@ -151,6 +151,7 @@ def test_the_weight_follows_its_schedule_and_accumulation_keeps_the_loss(tmp_pat
 
 
 SMALL_PARENT = (
+    "train.compile=false",  # which takes a minute, and has tests of its own
     "student.ffn_ratio=2",
     "crops.rgb_mean=[0.5]",
     "crops.rgb_std=[0.25]",
