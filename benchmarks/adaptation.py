@@ -38,6 +38,7 @@ from dinov2.train.run_state import STATE_NAME, STOPPED  # noqa: E402
 
 SCORES = {"knn": "knn", "logistic": "log_regression"}  # column of the table: program
 _SIZE_PX = 112  # of global crops and of images in evaluations
+_SIZES = (f"crops.global_crops_size={_SIZE_PX}", f"crops.local_crops_size={_SIZE_PX // 2}")
 _NUM_RESAMPLES = 2000
 ROWS_NAME = "rows.jsonl"
 
@@ -85,7 +86,6 @@ def run(setting: Setting, name: str, *, seed: int) -> dict:
 
 
 def _training_command(setting: Setting, name: str, *, seed: int, folder: Path) -> list[str]:
-    sizes = [f"crops.global_crops_size={_SIZE_PX}", f"crops.local_crops_size={_SIZE_PX // 2}"]
     return [
         str(ROOT / "dinov2" / "train" / "train.py"),
         *("--config-file", str(setting.recipe), "--output-dir", str(folder), "--no-resume", "--overwrite"),
@@ -93,7 +93,7 @@ def _training_command(setting: Setting, name: str, *, seed: int, folder: Path) -
         f"train.dataset_path={dataset_string(name, setting.cache_dir, split='train')}",
         f"train.seed={seed}",
         "train.num_workers=1",
-        *sizes,
+        *_SIZES,
         *_length(setting),
         *setting.opts,
     ]
@@ -101,7 +101,7 @@ def _training_command(setting: Setting, name: str, *, seed: int, folder: Path) -
 
 def _length(setting: Setting) -> list[str]:
     """Give the run its number of steps, whatever number of epochs the recipe has."""
-    cfg = load_config(str(setting.recipe), [*setting.opts])
+    cfg = load_config(str(setting.recipe), [*_SIZES, *setting.opts])
     epochs = sum(stage.optim.epochs for _, stage in stage_configs(cfg))
     length = max(setting.steps // epochs, 1)
     period = max(setting.steps // 2, 1)
