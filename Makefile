@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## train a tiny network on real images on the CPU, k-NN befor
 
 # Two tests at a time, on one thread each: most of a test is Python, and the second core would wait.
 test: $(INSTALLED) ## unit tests, and those that start several processes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --durations 10
 
 # Those on a real Slurm need root and what tests/slurm/install.sh installs; they skip, with the reason, without.
 test-integration: $(INSTALLED) ## tests with real components, or of minutes
