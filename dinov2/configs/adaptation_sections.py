@@ -154,7 +154,8 @@ class GuardRailsConfig(Section):
     max_blank_pct: float = 90.0  # crops of a single colour, 0..100; a folder of scans may well have some
     max_copies_pct: float = 90.0  # images that are there twice, of a batch or of those looked at first, 0..100
     min_feature_std_share: float = 0.3  # spread of the class tokens over the largest so far, 0..1
-    min_target_information_share: float = 0.1  # what targets say of an image, over the most so far, 0..1
+    # what targets say of an image, over the most so far, 0..1; where evaluations follow, one of them must agree
+    min_target_information_share: float = 0.1
     min_teacher_momentum: float = 0.5  # below it the teacher is little but the student, 0..1; the parents go to 0.99
     min_rank_share: float = 0.5  # RankMe of an evaluation over that of the start, 0..1
     # neighbours kept since the start, in percent, 0..100, of features that are not better than those of the start

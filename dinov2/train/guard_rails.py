@@ -11,11 +11,15 @@ start. What is out of bounds warns once; if it stays so for as many steps or eva
 | copies | `copies_pct`, images | nearly all are there twice |
 | momentum | `mom` | the teacher is little but the student |
 | collapse | `feature_std`, `student_feature_std` | far below the highest so far: all images look alike |
-| targets | `target_information` | far below the most so far: targets do not depend on the image |
+| targets | `target_information` | far below the most so far: targets do not depend on the image (*) |
 | rank | `rankme` | far below the start |
 | overlap | `nn_overlap_with_start_pct` | few neighbours kept, and nothing is better for it |
 | drop | `knn_top1_pct` | far below the start |
 | below start | the score that chooses the best teacher | worse than the start, `evaluation.stop_below_start` |
+
+(*) In a run that is evaluated, empty targets alone only warn: on images whose crops say little of each other (fabric)
+the class targets lose what they say while patches and KoLeo make the features better. They end the run together with an
+evaluation that is out of bounds, and then at once.
 
 The logic is pure: it takes numbers and gives alarms. All ranks see the same numbers, so they end together. A run that
 goes on is brought to the same state from its metrics file.
@@ -99,6 +103,7 @@ class GuardRails:
         stops: end the run, not only warn.
         has_weights: the run starts from given weights, which are worth keeping.
         start_scores: of the evaluation before the first step; empty without one.
+        is_evaluated: evaluations follow, which can be compared with them.
         below_start: None: a run may stay worse than its start, as far as the other bounds let it.
     """
 
@@ -109,6 +114,7 @@ class GuardRails:
         stops: bool,
         has_weights: bool,
         start_scores: Mapping[str, float],
+        is_evaluated: bool,
         below_start: BelowStart | None,
     ) -> None:
         self.limits = limits
@@ -116,6 +122,8 @@ class GuardRails:
         self.has_weights = has_weights
         self.start_scores = dict(start_scores)
         self.below_start = below_start
+        self._evaluations_decide = is_evaluated and bool(start_scores)
+        self._has_empty_targets = False
         self._window: deque[Mapping[str, float]] = deque(maxlen=limits.window_steps)
         self._highest: dict[str, float] = {}
         self._stage: float | None = None
@@ -138,6 +146,7 @@ class GuardRails:
             stops=limits.action == "stop" or (limits.action == "auto" and has_weights),
             has_weights=has_weights,
             start_scores=start_scores,
+            is_evaluated=bool(evaluation.eval_period_iterations),
             below_start=below_start if evaluation.stop_below_start and is_scored else None,
         )
 
@@ -204,6 +213,7 @@ class GuardRails:
         if values.get("stage") != self._stage:  # other crops, other features
             self._window.clear()
             self._highest.clear()
+            self._has_empty_targets = False
             self._stage = values.get("stage")
         self._window.append(values)
         self._lr = values.get("lr", math.nan)
@@ -213,14 +223,21 @@ class GuardRails:
         for name in _HIGHEST_COUNT:
             if name in means and not math.isnan(means[name]):
                 self._highest[name] = max(means[name], self._highest.get(name, -math.inf))
-        return self._of_steps.note(self._judge_steps(means))
+        alarms = {alarm.cause: alarm for alarm in self._of_steps.note(self._judge_steps(means))}
+        self._has_empty_targets = "targets" in alarms and alarms["targets"].is_last
+        if self._has_empty_targets and self._evaluations_decide:
+            alarms["targets"] = replace(alarms["targets"], is_last=False)
+        return list(alarms.values())
 
     def see_scores(self, scores: Mapping[str, float]) -> list[Alarm]:
         """Take the scores of one evaluation and return what is out of bounds."""
         alarms = self._of_below_start.note(self._judge_below_start(scores))
         if self.limits.action == "off":
             return alarms
-        return alarms + self._of_evaluations.note(self._judge_scores(scores))
+        found = self._of_evaluations.note(self._judge_scores(scores))
+        if self._has_empty_targets:
+            found = [replace(alarm, is_last=True) for alarm in found]
+        return alarms + found
 
     def _act(self, step: int, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
@@ -262,11 +279,16 @@ class GuardRails:
                 )
         most = self._highest.get("target_information", 0.0)
         if means.get("target_information", math.inf) < limits.min_target_information_share * most:
+            harm = (
+                "nothing is learned from them; evaluations decide whether features suffer"
+                if self._evaluations_decide
+                else "features or heads collapse"
+            )
             yield (
                 "targets",
                 f"the teacher's targets hardly depend on the image any more "
-                f"(target_information={means['target_information']:.2g} nats {steps}, {most:.2g} before): features or "
-                f"heads collapse; {self._advice}",
+                f"(target_information={means['target_information']:.2g} nats {steps}, {most:.2g} before): {harm}; "
+                f"{self._advice}",
             )
 
     def _judge_scores(self, scores: Mapping[str, float]) -> Iterator[Verdict]:

@@ -28,8 +28,15 @@ START = {"knn_top1_pct": 80.0, "rankme": 100.0}
 ADVICE = "the learning rate is the usual cause (lr=0.005 now): lower optim.base_lr, or lengthen optim.warmup_epochs"
 
 
-def guard(limits=LIMITS, *, stops=True, start=START, below_start=None):
-    return GuardRails(limits, stops=stops, has_weights=True, start_scores=start, below_start=below_start)
+def guard(limits=LIMITS, *, stops=True, start=START, is_evaluated=True, below_start=None):
+    return GuardRails(
+        limits,
+        stops=stops,
+        has_weights=True,
+        start_scores=start,
+        is_evaluated=is_evaluated,
+        below_start=below_start,
+    )
 
 
 def steps_of(*changes, first=0):
@@ -89,8 +96,32 @@ def test_what_is_wrong_from_the_first_step_ends_the_run(change, sentence, caplog
 )
 def test_what_was_better_before_ends_the_run(change, sentence):
     with pytest.raises(TrainingError) as caught:
-        run(guard(), *[{}] * 5, *[change] * 10)
+        run(guard(is_evaluated=False), *[{}] * 5, *[change] * 10)
     assert str(caught.value) == f"iteration 8: {sentence}; {ADVICE}"
+
+
+EMPTY_TARGETS = [{}] * 5 + [{"target_information": 0.02}] * 10
+
+
+def test_where_evaluations_follow_empty_targets_alone_only_warn(caplog):
+    rails = guard()
+    run(rails, *EMPTY_TARGETS)
+    rails.note_scores(14, {"knn_top1_pct": 79.0, "rankme": 90.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "iteration 6: the teacher's targets hardly depend on the image any more (target_information=0.02 nats in the "
+        f"last 2 steps, 0.8 before): nothing is learned from them; evaluations decide whether features suffer; {ADVICE}"
+    ]
+
+
+@pytest.mark.parametrize("steps", [EMPTY_TARGETS, [*EMPTY_TARGETS, {}]])
+def test_with_empty_targets_a_single_bad_evaluation_ends_the_run(steps, caplog):
+    rails = guard()
+    run(rails, *steps)
+    if steps[-1]:
+        with pytest.raises(TrainingError, match=r"^iteration 14: the features lost most of their directions: rankme=9"):
+            rails.note_scores(14, {"rankme": 9.0})
+    else:  # they say something again
+        rails.note_scores(15, {"rankme": 9.0})
 
 
 def test_healthy_steps_and_short_troubles_end_nothing(caplog):
