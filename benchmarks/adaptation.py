@@ -256,12 +256,12 @@ def main() -> None:
         steps=args.steps,
         opts=tuple(args.opts),
     )
-    commit = _call(["-c", "import subprocess; subprocess.run(['git', 'rev-parse', '--short', 'HEAD'])"]).stdout.strip()
+    described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     for seed in args.seeds:
         for name in args.sets:
             if any(_is_of(row, setting, name, seed=seed) for row in _rows(args.output_dir)):
                 continue
-            row = run(setting, name, seed=seed) | {"commit": commit}
+            row = run(setting, name, seed=seed) | {"commit": described.stdout.strip()}
             with (args.output_dir / ROWS_NAME).open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

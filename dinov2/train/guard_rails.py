@@ -136,7 +136,7 @@ class GuardRails:
     @classmethod
     def from_config(cls, cfg: Config, *, start_scores: Mapping[str, float]) -> Self:
         """Take the settings of a run."""
-        limits, evaluation = replace(cfg.guard_rails), cfg.evaluation
+        limits, evaluation = cfg.guard_rails, cfg.evaluation
         has_weights = starts_from_weights(cfg)
         rule = BestRule.from_config(cfg)
         is_scored = rule.mode != "latest"  # without labels the other limits tell what is worse
