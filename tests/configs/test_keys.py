@@ -27,6 +27,8 @@ RUNS = {
     "adamw": [
         *KNN,
         "evaluation.at_start=true",
+        "evaluation.eval_period_iterations=3",
+        "guard_rails.window_steps=1",
         "ibot.separate_head=true",
         "dino.prototype_init=kmeans",
         "train.prototype_init_crops=20",
@@ -34,6 +36,7 @@ RUNS = {
     ],
     "sgd_fp16": [
         WEIGHTS,
+        "evaluation.eval_period_iterations=1",
         "lora.rank=2",
         "gram.use_loss=true",
         "gram.ckpt=start",
