@@ -1,6 +1,7 @@
 """Find out which settings a piece of code reads."""
 
 import dataclasses
+import sys
 from typing import Any
 
 from dinov2.configs import Config
@@ -10,7 +11,8 @@ def recording(cfg: Config) -> tuple[Config, set[str]]:
     """Return a twin of `cfg` and the set, filled from now on, of the dotted keys that are read from the twin.
 
     The twin is an instance of the same dataclasses, so that `dataclasses.asdict` and `isinstance` work. Writing the
-    settings out (`to_dict`, `write_config`, `config_digest`) does not count as reading.
+    settings out (`to_dict`, `write_config`, `config_digest`) or copying them (`dataclasses.replace`) does not count as
+    reading; reading from the copy does.
     """
     read: set[str] = set()
     return _twin(cfg, prefix="", read=read), read
@@ -25,7 +27,7 @@ def _twin(section: Any, *, prefix: str, read: set[str]) -> Any:
 
     class Recording(type(section)):
         def __getattribute__(self, name: str) -> Any:
-            if name in keys:
+            if name in keys and sys._getframe(1).f_code.co_filename != dataclasses.__file__:
                 read.add(keys[name])
             return super().__getattribute__(name)
 
