@@ -31,6 +31,9 @@ def _twin(section: Any, *, prefix: str, read: set[str]) -> Any:
                 read.add(keys[name])
             return super().__getattribute__(name)
 
+        def __post_init__(self) -> None:
+            """Leave a copy unchecked: checking a value does not read it."""
+
     twin = object.__new__(Recording)
     vars(twin).update(values)
     return twin
