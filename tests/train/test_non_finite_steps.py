@@ -1,13 +1,14 @@
 """A step whose loss or gradients are not finite is cancelled as a whole, on all ranks; three in a row end the run."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from support.dist import launch
-from support.training import TINY_RUN, assert_equal, metrics_of, train
+from support.dist import run_distributed
+from support.training import assert_equal, metrics_of, train
 
 from dinov2.data import DataAugmentationDINO
 from dinov2.distributed import get_rank
-from dinov2.train.train import main
 
 EVERY_STEP = ("checkpointing.period=1", "checkpointing.max_to_keep=null")
 
@@ -78,17 +79,17 @@ def test_a_learning_rate_that_is_too_large(tmp_path, capsys):
         assert all(tensor.isfinite().all() for tensor in state_of(tmp_path, step)["model"].values())
 
 
+def train_poisoned_on_rank_1(folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, calls=[1], rank=1)
+        return train(Path(folder), *EVERY_STEP, "train.batch_size_per_gpu=6", "train.max_steps=3")
+
+
 @pytest.mark.dist
 def test_nan_on_one_rank_cancels_the_step_on_all(tmp_path):
-    options = [*TINY_RUN, *EVERY_STEP, "train.batch_size_per_gpu=6", "train.max_steps=3"]
-    done = launch([__file__, "--output-dir", str(tmp_path), *options])
-    assert done.returncode == 0, done.stderr
-    assert "WARNING dinov2.train.update step=1 cancelled: the loss on rank 1 became NaN or infinite" in done.stderr
+    assert run_distributed(train_poisoned_on_rank_1, args={"folder": str(tmp_path)}) == [0, 0]
+    log = (tmp_path / "logs" / "log.txt").read_text()
+    assert "WARNING dinov2.train.update step=1 cancelled: the loss on rank 1 became NaN or infinite" in log
     for rank in range(2):
         assert_nothing_learned(tmp_path, 1, rank)
     assert [row["iteration"] for row in metrics_of(tmp_path) if row["total_loss"] is None] == [1]
-
-
-if __name__ == "__main__":  # a rank of the test above
-    poison(pytest.MonkeyPatch(), calls=[1], rank=1)
-    raise SystemExit(main())
