@@ -1,10 +1,11 @@
 """Show what training makes of the images: a contact sheet of raw images, crops and masks.
 
-    python run/preview.py --dataset S --config-file F [--output preview.png] [--num-images 8] [--seed 0]
+    python run/preview.py --dataset S --config-file F [--output preview.png] [--num-images 8] [--stage NAME] [--seed 0]
         [key=value ...]
 
 The images are the first that a run of one process with this config draws, with the same crops, colours and masks:
-order, augmentation and masks come from the same functions and the same seeds.
+order, augmentation and masks come from the same functions and the same seeds. With `--stage` they are what that stage
+would make of these first images.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.configs import Config, batch_size_per_rank, load_config
+from dinov2.configs import Config, batch_size_per_rank, load_config, stage_configs
 from dinov2.data import DataAugmentationDINO
 from dinov2.data.contact_sheet import (
     Cell,
@@ -60,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", "--config", metavar="F", help="YAML file of the run; default: none")
     parser.add_argument("--output", default="preview.png", metavar="PNG", help="picture; default: preview.png")
     parser.add_argument("--num-images", type=int, default=8, metavar="N", help="images shown; default: 8")
+    parser.add_argument("--stage", metavar="NAME", help="of the config's stages; default: the first")
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of order, crops and masks, >= 0; stands for train.seed (default 0)"
     )
@@ -74,13 +76,13 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.num_images < 1:
         raise ConfigError(f"--num-images {args.num_images}: must be at least 1")
     overrides = list(args.opts) + ([] if args.seed is None else [f"train.seed={args.seed}"])
-    cfg = load_config(args.config_file, overrides)
+    cfg = _settings_of(args.stage, load_config(args.config_file, overrides))
     name, output = choose_name(args.dataset, cfg), Path(args.output)
     setup_logging(None, rank=0)
     dataset = open_dataset(name, cfg)
     require_outside(dataset, output.parent, option="--output")
     rows = preview_rows(dataset, cfg, num_images=args.num_images)
-    heading = [printable(name), _describe(cfg, config_file=args.config_file)]
+    heading = [printable(name), _describe(cfg, config_file=args.config_file, stage=args.stage)]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(rows, heading=heading).save(output)
@@ -89,6 +91,17 @@ def _run(argv: Sequence[str] | None) -> int:
         raise ConfigError(f"--output {output}: cannot be written ({reason}); name a .png file") from error
     print(f"written: {output}, {len(rows)} of {len(dataset)} images of {printable(name)}")
     return 0
+
+
+def _settings_of(stage: str | None, cfg: Config) -> Config:
+    """Return the settings of a stage; None: of the first."""
+    found = dict(stage_configs(cfg))
+    if stage is None:
+        return next(iter(found.values()))
+    if stage not in found or not cfg.stages:
+        known = f"it has {', '.join(found)}" if cfg.stages else "it has none"
+        raise ConfigError(f"--stage {stage}: the config has no stage of that name; {known}")
+    return found[stage]
 
 
 @dataclass(frozen=True)
@@ -237,6 +250,7 @@ def _label(dataset: Any, target: Any) -> str:
     return f"label {printable(str(names[target])) if isinstance(target, int) and target < len(names) else target}"
 
 
-def _describe(cfg: Config, *, config_file: str | None) -> str:
+def _describe(cfg: Config, *, config_file: str | None, stage: str | None) -> str:
     """Say where the pictures come from."""
-    return f"config {config_file or 'of defaults'}, seed {cfg.train.seed}: the first images of a run of one process"
+    parts = [f"config {config_file or 'of defaults'}", *([] if stage is None else [f"stage {stage}"])]
+    return f"{', '.join(parts)}, seed {cfg.train.seed}: the first images of a run of one process"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from support.odd_images import NAME as ODD
 
 from dinov2.configs import load_config
 from dinov2.data import make_data_loader, make_dataset
+from dinov2.run import preview
 from dinov2.run.preview import main, preview_rows
 from dinov2.train.build import build_augmentation
 
@@ -27,6 +29,10 @@ SMALL = (
     "student.patch_size=8",
     "train.batch_size_per_gpu=6",
     "train.seed=3",
+)
+STAGES = (
+    "stages=[{name: near, epochs: 10, crops: {global_crops_size: 24}}, "
+    "{name: large, epochs: 10, crops: {global_crops_size: 40}}]"
 )
 
 
@@ -158,8 +164,26 @@ def test_the_sheet_is_written_and_depends_on_the_seed(tmp_path, photos, capsys):
 
 
 @pytest.mark.parametrize(
+    ("stage", "size_px"), [([], 24), (["--stage", "near"], 24), (["--stage", "large"], 40)], ids=["", "near", "large"]
+)
+def test_a_stage_shows_its_own_crops_and_without_a_name_it_is_the_first(photos, monkeypatch, stage, size_px):
+    sheet = Mock(return_value=Image.new("L", (1, 1)))
+    monkeypatch.setattr(preview, "draw_sheet", sheet)
+    assert main(["--dataset", f"ImageFolder:root={photos}", "--num-images", "1", *stage, *SMALL, STAGES]) == 0
+    (row,), (_, heading) = sheet.call_args.args[0], sheet.call_args.kwargs["heading"]
+    assert words(row)[1] == f"global crop 1, {size_px} px"
+    assert ("stage large" in heading) == (size_px == 40)
+
+
+@pytest.mark.parametrize(
     ("argv", "code", "sentence"),
     [
+        (
+            ["--stage", "huge", *SMALL, STAGES],
+            2,
+            "--stage huge: the config has no stage of that name; it has near, large",
+        ),
+        (["--stage", "large", *SMALL], 2, "--stage large: the config has no stage of that name; it has none"),
         ([], 2, "--dataset is not given; name the images, e.g. ImageFolder:root=photos"),
         (["--dataset", "Digits", "--num-images", "0"], 2, "--num-images 0: must be at least 1"),
         (
