@@ -279,16 +279,17 @@ class GuardRails:
                 )
         most = self._highest.get("target_information", 0.0)
         if means.get("target_information", math.inf) < limits.min_target_information_share * most:
-            harm = (
-                "nothing is learned from them; evaluations decide whether features suffer"
+            what_follows = (
+                "nothing is learned from them; evaluations decide whether features suffer. Images whose crops say "
+                "little of each other (fabric) have no better ones; elsewhere"
                 if self._evaluations_decide
-                else "features or heads collapse"
+                else "features or heads collapse;"
             )
             yield (
                 "targets",
                 f"the teacher's targets hardly depend on the image any more "
-                f"(target_information={means['target_information']:.2g} nats {steps}, {most:.2g} before): {harm}; "
-                f"{self._advice}",
+                f"(target_information={means['target_information']:.2g} nats {steps}, {most:.2g} before): "
+                f"{what_follows} {self._advice}",
             )
 
     def _judge_scores(self, scores: Mapping[str, float]) -> Iterator[Verdict]:
