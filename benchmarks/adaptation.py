@@ -10,8 +10,8 @@ the one that the run itself exports as its best. Sets: benchmarks/adaptation_set
 
 `run` adds one line for each set and seed to <output-dir>/rows.jsonl as it comes, also of a run that failed or that a
 guard rail ended, with its reason; those that have one are left out, and those that were killed go on. Checkpoints are
-deleted. `table` writes all lines as a table, and for each recipe the mean gain over its sets with a 95 % interval: the paired bootstrap resamples the
-test groups of each set; seeds are averaged first.
+deleted. `table` writes all lines as a table, and for each recipe the mean gain over its sets with a 95 % interval: the
+paired bootstrap resamples the test groups of each set; seeds are averaged first.
 """
 
 import argparse

@@ -27,8 +27,11 @@ def memory_of(cost: StepCost, cfg: Config, target: Target) -> dict[str, int]:
 
     With several processes, gradients are averaged and split block by block; SHARD_GRAD_OP and NO_SHARD keep gathered
     weights of all networks beside the parts that a process holds, FULL_SHARD and HYBRID_SHARD those of two blocks.
+    Checkpoints are written from a copy in the memory of the host, which on a CPU is the device's.
     """
     parts = {"program and libraries": target.overhead}
+    if target.device_type == "cpu":
+        parts["copy for checkpoints"] = -(-cost.saved // target.num_ranks)
     if target.num_ranks == 1:
         return parts | {
             "student": cost.student,

@@ -26,7 +26,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(
             f"time: {report['step_s']:.3f} s a step ({report['data_s']:.3f} s of it waiting for images), measured with "
             f"{report['measured_with']}; {report['total_hours']:.2f} h in all, without evaluations, checkpoints and "
-            f"the exchange between ranks; {report['measured_peak_gib']:.2f} GiB were used"
+            f"the exchange between ranks; {report['measured_peak_gib']:.2f} GiB were used, before any checkpoint"
         )
     if "not_measured" in report:
         lines.append(f"time: not measured, {report['not_measured']}")

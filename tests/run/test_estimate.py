@@ -69,6 +69,13 @@ def test_networks_are_split_over_the_ranks(strategy, split):
     assert (parts["gathered weights"] == whole) == gathers_all and parts["gathered weights"] <= whole
 
 
+def test_checkpoints_are_copied_in_the_memory_of_the_host():
+    cost, cfg = dry(), load_config(None, TINY)
+    parts = memory_of(cost, cfg, Target("cpu", torch.float32, 2, overhead=0))
+    assert 2 * parts["copy for checkpoints"] == pytest.approx(cost.saved, abs=1)
+    assert "copy for checkpoints" not in memory_of(cost, cfg, Target("cuda", torch.float32, 2, overhead=0))
+
+
 def test_a_checkpoint_is_as_large_as_the_file(tmp_path, capsys):
     train(tmp_path, "train.max_steps=1")
     size = sum(file.stat().st_size for file in tmp_path.glob("model_*.rank_0.pth"))
