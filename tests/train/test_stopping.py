@@ -144,6 +144,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_of_all_ranks(tmp_path
 @pytest.mark.parametrize(
     ("number", "code", "sentence"),
     [
+        (signal.SIGTERM, 0, "stopped by SIGTERM before the first step; start again to go on"),
         (signal.SIGUSR2, 0, "stopped by SIGUSR2 before the first step; start again to go on"),
         (signal.SIGINT, 130, "interrupted"),
     ],
