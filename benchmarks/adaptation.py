@@ -55,10 +55,14 @@ class Setting:
     steps: int
     opts: tuple[str, ...]
 
+    def folder(self, name: str, *, seed: int) -> Path:
+        """Return where a set is trained on; options are told apart by the label alone."""
+        return self.output_dir / name / f"{self.label}_{self.steps}_steps_seed{seed}"
+
 
 def run(setting: Setting, name: str, *, seed: int) -> dict:
     """Train on one set and score start and end; returns the row of the table."""
-    folder = setting.output_dir / name / f"{setting.label}_seed{seed}"
+    folder = setting.folder(name, seed=seed)
     started = time.perf_counter()
     trained = _call(_training_command(setting, name, seed=seed, folder=folder))
     state = folder / STATE_NAME
@@ -262,6 +266,9 @@ def main() -> None:
         for name in args.sets:
             if any(_is_of(row, setting, name, seed=seed) for row in _rows(args.output_dir)):
                 continue
+            folder = setting.folder(name, seed=seed)
+            if any(row["folder"] == str(folder) for row in _rows(args.output_dir)):
+                raise SystemExit(f"{folder}: holds a run with other options; give this one a --label of its own")
             row = run(setting, name, seed=seed) | {"commit": described.stdout.strip()}
             with (args.output_dir / ROWS_NAME).open("a") as file:
                 file.write(json.dumps(row) + "\n")
