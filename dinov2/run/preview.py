@@ -98,7 +98,7 @@ def _settings_of(stage: str | None, cfg: Config) -> Config:
     found = dict(stage_configs(cfg))
     if stage is None:
         return next(iter(found.values()))
-    if stage not in found or not cfg.stages:
+    if stage not in found:
         known = f"it has {', '.join(found)}" if cfg.stages else "it has none"
         raise ConfigError(f"--stage {stage}: the config has no stage of that name; {known}")
     return found[stage]

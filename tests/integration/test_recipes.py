@@ -1,4 +1,4 @@
-"""Each recipe for a domain, from real weights, through all of its stages, on images in the layout of that domain."""
+"""The recipes for ViT-S/14, from real weights, through all of their stages, on images in the layout of each domain."""
 
 import json
 import subprocess
